@@ -1,0 +1,1 @@
+"""aaae_dist: distributed training of the Adversarially Approximated Autoencoder."""

@@ -1,0 +1,314 @@
+"""Reading: an index -> batches of uint8 images, in an order that is a pure function of (seed, epoch, position).
+
+The order knows nothing of ranks, workers or batch sizes: position p of an epoch is one sample, global batch t is G
+consecutive positions, and every rank takes its slice. So a run continues at the exact sample from two integers.
+"""
+
+import hashlib
+import io
+import logging
+import os
+import tarfile
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import simplejpeg
+import torch
+from jaxtyping import Float, UInt8
+from PIL import Image
+from torch import Tensor
+
+from aaae_dist import storage
+from aaae_dist.errors import UserError
+from aaae_dist.shards import INDEX, Index, Shard, read_index
+
+log = logging.getLogger(__name__)
+
+Pixels = UInt8[Tensor, "batch channels height width"]
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "pgm", "ppm")
+FORGIVEN = 10  # unreadable samples that stop no run, however small the data set
+
+
+class Batch(NamedTuple):
+    """One rank's part of a global batch, and where the stream goes on after it."""
+
+    images: Pixels
+    keys: list[str]
+    labels: list[int | None]
+    epoch: int
+    position: int
+
+
+def to_float(pixels: UInt8[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """Bytes 0..255 to float32 in [-1, 1]."""
+    return pixels.to(torch.float32).div_(127.5).sub_(1)
+
+
+def to_uint8(images: Float[Tensor, "*shape"]) -> UInt8[Tensor, "*shape"]:
+    """Values around [-1, 1] to bytes, rounded and clamped."""
+    return images.float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+class Order:
+    """The order of one epoch after another: (seed, epoch, position) -> (shard, sample in it).
+
+    The shards are permuted and laid end to end, the line is cut into `lanes` equal ones, and within a lane every `window`
+    samples are permuted. Position p is lane p mod lanes, offset p // lanes: a batch is gathered from places far apart, while
+    few shards are needed at a time. Fewer samples than there are lanes are left out, other ones in every epoch.
+    """
+
+    def __init__(self, counts: Sequence[int], *, seed: int, lanes: int, window: int) -> None:
+        self.counts = np.asarray(counts)
+        self.seed, self.lanes, self.window = seed, min(lanes, int(self.counts.sum())), window
+        self.lane_length = int(self.counts.sum()) // self.lanes
+        self.length = self.lane_length * self.lanes
+        self.cache: OrderedDict[tuple[int, ...], np.ndarray] = OrderedDict()
+
+    def permutation(self, count: int, *key: int) -> np.ndarray:
+        """A permutation that is a pure function of (seed, key). Philox's raw stream never changes between numpy versions."""
+        if key not in self.cache:
+            draws = np.random.Philox(np.random.SeedSequence([self.seed, *key])).random_raw(count)
+            self.cache[key] = draws.argsort(kind="stable")
+            while len(self.cache) > 4 * self.lanes:
+                self.cache.popitem(last=False)
+        return self.cache[key]
+
+    def samples(self, epoch: int, start: int, stop: int) -> list[tuple[int, int]]:
+        """The (shard, sample) at positions start, start + 1, ..., stop - 1 of an epoch, those of one lane side by side."""
+        shards = self.permutation(len(self.counts), epoch)
+        ends = self.counts[shards].cumsum()
+        found = []
+        for position in sorted(range(start, stop), key=lambda p: p % self.lanes):
+            lane, offset = position % self.lanes, position // self.lanes
+            block, inside = divmod(offset, self.window)
+            size = min(self.window, self.lane_length - block * self.window)
+            place = lane * self.lane_length + block * self.window + self.permutation(size, epoch, lane, block)[inside]
+            at = int(ends.searchsorted(place, side="right"))
+            found.append((int(shards[at]), int(place - (ends[at] - self.counts[shards[at]]))))
+        return found
+
+
+class Reader:
+    """Samples of one split by (shard, number), from local files or from an object store through a cache folder.
+
+    Safe to use from several threads.
+    """
+
+    def __init__(self, url: str, *, split: str, channels: int, size: int, bad_share: float = 0.0, cache: str = "") -> None:
+        self.url, self.index = url, read_index(url)
+        self.shards = [shard for shard in self.index.shards if shard.split == split]
+        self.channels, self.size, self.bad_share = channels, size, bad_share
+        self.cache = Path(cache or os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "aaae_dist"
+        self.members: dict[int, list[dict[str, tuple[int, int]]]] = {}
+        self.names: dict[int, list[str]] = {}
+        self.files: dict[int, int] = {}
+        self.locks = [threading.Lock() for _ in self.shards]
+        self.seen, self.bad = 0, set[tuple[int, int]]()
+        check(self.index, url=url, split=split, channels=channels, size=size)
+
+    @property
+    def counts(self) -> list[int]:
+        return [shard.samples for shard in self.shards]
+
+    def __len__(self) -> int:
+        return sum(self.counts)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the split: changes when any shard does."""
+        return hashlib.sha256("\n".join(f"{shard.url} {shard.samples} {shard.sha256}" for shard in self.shards).encode()).hexdigest()[:16]
+
+    def batch(self, samples: Sequence[tuple[int, int]], *, epoch: int = 0, position: int = 0) -> Batch:
+        """Read and decode. An unreadable sample is counted, reported, and replaced by the next readable one of its shard."""
+        images = np.empty((len(samples), self.size, self.size, self.channels), np.uint8)
+        keys, labels = [], []
+        for row, (shard, number) in enumerate(samples):
+            key, label = self.read_into(images[row], shard, number)
+            keys.append(key)
+            labels.append(label)
+        return Batch(torch.from_numpy(images).permute(0, 3, 1, 2), keys, labels, epoch, position)
+
+    def read_into(self, pixels: np.ndarray, shard: int, number: int) -> tuple[str, int | None]:
+        count = self.shards[shard].samples
+        self.open(shard)
+        for candidate in range(number, number + count):
+            member = self.members[shard][candidate % count]
+            try:
+                self.decode_into(pixels, shard, member)
+                label = int(self.bytes_of(shard, member["cls"])) if "cls" in member else None
+            except (OSError, ValueError, KeyError, SyntaxError, Image.DecompressionBombError) as error:
+                self.note_bad(shard, candidate % count, error)
+                continue
+            self.seen += 1
+            return self.names[shard][candidate % count], label
+        raise UserError(f"{self.place(shard)}: none of its {count} samples can be read; prepare the data set anew")
+
+    def note_bad(self, shard: int, number: int, error: Exception) -> None:
+        if (shard, number) not in self.bad:
+            self.bad.add((shard, number))
+            log.warning("%s: sample %s cannot be read (%s); its neighbour takes its place", self.place(shard), self.names[shard][number], storage.one_line(error))
+        if len(self.bad) > max(FORGIVEN, self.bad_share * max(self.seen, len(self))):
+            raise UserError(f"{self.url}: {len(self.bad)} unreadable samples, more than data.bad_share = {self.bad_share} allows; prepare the data set anew, or raise it")
+
+    def decode_into(self, pixels: np.ndarray, shard: int, member: dict[str, tuple[int, int]]) -> None:
+        extension = next(name for name in IMAGE_EXTENSIONS if name in member) if not member.keys().isdisjoint(IMAGE_EXTENSIONS) else ""
+        if not extension:
+            raise ValueError(f"no image among {', '.join(member)}")
+        data = self.bytes_of(shard, member[extension])
+        if extension in ("jpg", "jpeg"):
+            decoded = simplejpeg.decode_jpeg(data, "GRAY" if self.channels == 1 else "RGB")
+        else:
+            decoded = np.asarray(Image.open(io.BytesIO(data)).convert("L" if self.channels == 1 else "RGB"))
+        if decoded.shape[:2] != (self.size, self.size):
+            raise ValueError(f"{decoded.shape[1]} x {decoded.shape[0]} pixels instead of {self.size} x {self.size}")
+        pixels[:] = decoded.reshape(pixels.shape)
+
+    def bytes_of(self, shard: int, member: tuple[int, int]) -> bytes:
+        offset, size = member
+        data = os.pread(self.files[shard], size, offset)
+        if len(data) != size:
+            raise ValueError(f"{len(data)} bytes of {size}")
+        return data
+
+    def place(self, shard: int) -> str:
+        return storage.join(self.url, self.shards[shard].url)
+
+    def open(self, shard: int) -> None:
+        """Open a shard once, checked against the index, and list its samples."""
+        if shard in self.members:
+            return
+        with self.locks[shard]:
+            if shard in self.members:
+                return
+            path = obtain(self.place(shard), self.shards[shard], self.cache)
+            with storage.explained(self.place(shard)):
+                self.files[shard] = os.open(path, os.O_RDONLY)
+            self.names[shard], members = list_samples(path)
+            if len(members) != self.shards[shard].samples:
+                raise UserError(f"{self.place(shard)}: {len(members)} samples, but the index says {self.shards[shard].samples}; prepare the data set anew")
+            self.members[shard] = members  # last: other threads take it as a sign that all is there
+
+
+def check(index: Index, *, url: str, split: str, channels: int, size: int) -> None:
+    """Raise a UserError unless the index has this split, its images have this shape, and its shards are there."""
+    place, splits = storage.join(url, INDEX), sorted({shard.split for shard in index.shards})
+    if split not in splits:
+        raise UserError(f'data.split or data.held_out "{split}": {place} has only {", ".join(splits)}; choose one of these')
+    if (index.channels, index.height, index.width) != (channels, size, size):
+        raise UserError(f"data.channels {channels}, data.size {size}: {place} says {index.channels} channels of {index.height} x {index.width} pixels; set both to what was prepared")
+    chosen = [shard for shard in index.shards if shard.split == split]
+    if not sum(shard.samples for shard in chosen):
+        raise UserError(f'{place}: split "{split}" is empty; prepare the data set anew')
+    there = storage.listing(url)
+    if missing := [shard.url for shard in chosen if shard.url not in there]:
+        raise UserError(f"{storage.join(url, missing[0])}: no such file, {len(missing)} of {len(chosen)} shards are missing; bring them back or prepare the data set anew")
+    if cut := [shard for shard in chosen if there[shard.url] != shard.bytes]:
+        raise UserError(f"{storage.join(url, cut[0].url)}: {there[cut[0].url]} bytes, but the index says {cut[0].bytes}; it was cut short or replaced: prepare the data set anew")
+
+
+def find_damage(place: str, shard: Shard, data: bytes) -> str:
+    """What is wrong with these bytes, by the index; nothing if they are what it promises."""
+    if len(data) != shard.bytes:
+        return f"{place}: {len(data)} bytes, but the index says {shard.bytes}; it was cut short or replaced: prepare the data set anew"
+    if hashlib.sha256(data).hexdigest() != shard.sha256:
+        return f"{place}: its sha256 is not the index's; it was damaged or replaced: prepare the data set anew"
+    return ""
+
+
+def obtain(place: str, shard: Shard, cache: Path) -> Path:
+    """The path of a local shard, or of the local copy of a remote one, downloaded if need be; either is what the index promises."""
+    if storage.is_local(place):
+        path = storage.local_path(place)
+    else:
+        path = cache / f"{shard.sha256}.tar"  # named by its content, so that it cannot be another's
+        with storage.explained(str(path)):
+            if path.exists() and not find_damage(place, shard, path.read_bytes()):
+                return path
+    data = storage.read(place)
+    if damage := find_damage(place, shard, data):
+        raise UserError(damage)
+    if not storage.is_local(place):
+        storage.write(str(path), data)
+    return path
+
+
+def list_samples(path: Path) -> tuple[list[str], list[dict[str, tuple[int, int]]]]:
+    """Keys of a webdataset tar, and for each sample the (offset, size) of every member by its extension, as webdataset groups them."""
+    names: list[str] = []
+    samples: list[dict[str, tuple[int, int]]] = []
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                folder, _, name = member.name.rpartition("/")
+                stem, dot, extension = name.partition(".")
+                if not member.isfile() or not dot:
+                    continue
+                key = f"{folder}/{stem}" if folder else stem
+                if not names or names[-1] != key:
+                    names.append(key)
+                    samples.append({})
+                samples[-1][extension.lower()] = (member.offset_data, member.size)
+    except tarfile.TarError as error:
+        raise UserError(f"{path}: not a tar file ({storage.one_line(error)}); prepare the data set anew") from None
+    return names, samples
+
+
+def ahead(calls: Iterator, *, workers: int) -> Iterator:
+    """Results of an iterator of calls in their order, computed by `workers` threads some calls ahead."""
+    if workers == 0:
+        yield from (call() for call in calls)
+        return
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="data")
+    waiting = [pool.submit(call) for call in islice(calls, workers + 1)]
+    try:
+        while waiting:
+            result = waiting.pop(0).result()
+            waiting += [pool.submit(call) for call in islice(calls, 1)]
+            yield result
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def stream(
+    reader: Reader, *, seed: int, lanes: int, window: int, batch_size: int, world: int, rank: int, workers: int, epoch: int = 0, position: int = 0, start: int = 0
+) -> Iterator[Batch]:
+    """This rank's part of every global batch, for ever, from `start` batches after `position` of `epoch` on.
+
+    No sample comes twice in an epoch; an epoch leaves out fewer than `batch_size` samples plus the lanes' remainder; every
+    rank gets the same number of batches.
+
+    Raises:
+        UserError: `batch_size` does not divide by `world`, or is larger than the split.
+    """
+    order = Order(reader.counts, seed=seed, lanes=lanes, window=window)
+    if batch_size % world:
+        raise UserError(f"training.batch_size {batch_size}: not a multiple of the {world} ranks; choose one that is")
+    if batch_size > order.length:
+        raise UserError(f"training.batch_size {batch_size}: larger than the {order.length} samples of an epoch; choose a smaller one, or prepare more images")
+    per_epoch = order.length // batch_size
+    if start:
+        epoch, position = epoch + start // per_epoch, position + start % per_epoch * batch_size
+    share = slice(rank * batch_size // world, (rank + 1) * batch_size // world)
+
+    def calls(epoch: int, position: int) -> Iterator:
+        while True:
+            if position + batch_size > order.length:
+                epoch, position = epoch + 1, 0
+            samples = order.samples(epoch, position, position + batch_size)[share]
+            position += batch_size
+            yield lambda samples=samples, epoch=epoch, position=position: reader.batch(samples, epoch=epoch, position=position)
+
+    return ahead(calls(epoch, position), workers=workers)
+
+
+def sweep(reader: Reader, *, limit: int, batch_size: int, world: int, rank: int, workers: int) -> Iterator[Batch]:
+    """The first `limit` samples exactly once over all ranks, each rank every world-th, for evaluation. A rank may get none."""
+    samples = [(shard, number) for shard, count in enumerate(reader.counts) for number in range(count)][:limit][rank::world]
+    parts = (samples[start : start + batch_size] for start in range(0, len(samples), batch_size))
+    return ahead((lambda part=part: reader.batch(part) for part in parts), workers=workers)
