@@ -1,7 +1,7 @@
 """AAAE as one game in one pass: five networks, one forward, one backward.
 
-Each network runs once per step, and stop-gradients and hooks see to it that each receives exactly the gradient of its own
-loss. The mathematics is in `play`; who plays whom is in `AAAE.forward`.
+Each network runs once per step, and stop-gradients and hooks see to it that each receives exactly the gradient of its
+own loss. The mathematics is in `play`; who plays whom is in `AAAE.forward`.
 """
 
 import copy
@@ -11,9 +11,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from aaae_dist import networks
 from aaae_dist.config import Config, Objective
 from aaae_dist.losses import PAIRINGS, gradient_penalty, reconstruction_error
-from aaae_dist import networks
 from aaae_dist.networks import Codes, Images, Noise
 from aaae_dist.randomness import Keys, gaussian
 
@@ -32,13 +32,15 @@ class Turn(NamedTuple):
 class GenerativeAutoencoder(nn.Module):
     """What remains when the game is over: it encodes, decodes and samples.
 
-    The encoder's codes are free: nothing bounds or normalises them. The latent generator speaks in standardised units, and
-    the running moments of the codes turn these into codes.
+    The encoder's codes are free: nothing bounds or normalises them. The latent generator speaks in standardised units,
+    and the running moments of the codes turn these into codes.
     """
 
     moments: Float[Tensor, "3 code"]  # of the codes, decayed: total weight, sum, sum of squares
 
-    def __init__(self, encoder: nn.Module, decoder: nn.Module, generator: nn.Module, *, code_size: int, noise_size: int) -> None:
+    def __init__(
+        self, encoder: nn.Module, decoder: nn.Module, generator: nn.Module, *, code_size: int, noise_size: int
+    ) -> None:
         super().__init__()
         self.encoder = encoder
         self.decoder = decoder
@@ -57,7 +59,7 @@ class GenerativeAutoencoder(nn.Module):
 
     @torch.no_grad()
     def observe(self, mean: Float[Tensor, " code"], mean_square: Float[Tensor, " code"], *, images: int) -> None:
-        """Take the first two moments of the codes of the last `images` images, over all ranks, into the running ones."""
+        """Take the first two moments of the last `images` images' codes, over all ranks, into the running ones."""
         rate = 1 - 0.5 ** (images / MOMENTS_HALF_LIFE)
         self.moments.lerp_(torch.stack([torch.ones_like(mean), mean, mean_square]).to(self.moments), rate)
 
@@ -76,7 +78,9 @@ class GenerativeAutoencoder(nn.Module):
     def average(self) -> "GenerativeAutoencoder":
         """A frozen copy of what samples and reconstructs, to be drawn behind this one by `follow`."""
         parts = [copy.deepcopy(part) for part in (self.encoder, self.decoder, self.latent_generator)]
-        twin = GenerativeAutoencoder(*parts, code_size=self.moments.shape[1], noise_size=self.noise_size).to(self.moments)
+        twin = GenerativeAutoencoder(*parts, code_size=self.moments.shape[1], noise_size=self.noise_size).to(
+            self.moments
+        )
         twin.moments.copy_(self.moments)
         return twin.requires_grad_(False).eval()
 
@@ -102,10 +106,10 @@ def play(
 ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
     """One adversarial pairing: the critic's loss, whose backward also serves its opponent, the maker of `fake`.
 
-    The critic minimises pairing.critic + penalty / 2 (R1 + R2); the opponent minimises weight * pairing.opponent. A critic
-    judges each sample by itself, so what backward brings to a fake sample is the critic's logit's gradient times the
-    derivative of the critic's loss. Multiplied by the ratio of the two derivatives it is the opponent's gradient; the
-    critic's parameters, behind the hook, never see the ratio.
+    The critic minimises pairing.critic + penalty / 2 (R1 + R2); the opponent minimises weight * pairing.opponent. A
+    critic judges each sample by itself, so what backward brings to a fake sample is the critic's logit's gradient times
+    the derivative of the critic's loss. Multiplied by the ratio of the two derivatives it is the opponent's gradient;
+    the critic's parameters, behind the hook, never see the ratio.
 
     Args:
         real: must carry no gradient.
@@ -120,7 +124,9 @@ def play(
     count, every = len(real), round(1 / penalised)
     fake = fake.view_as(fake)  # an alias, so that only this critic's gradient passes the hook
     both = torch.cat([real[::every], fake[::every]]).detach()
-    jumps = step * gaussian(keys[::every], (2, *real.shape[1:]), stream=stream, dtype=both.dtype).transpose(0, 1).flatten(0, 1)
+    jumps = step * gaussian(keys[::every], (2, *real.shape[1:]), stream=stream, dtype=both.dtype).transpose(
+        0, 1
+    ).flatten(0, 1)
     logits = critic(torch.cat([real, fake, both + jumps, both - jumps]))
     real_logits, fake_logits, plus, minus = logits.split([count, count, len(both), len(both)])
 
@@ -144,7 +150,8 @@ def play(
 
 @torch.no_grad()
 def refuse_coupled(name: str, critic: nn.Module, example: Float[Tensor, "4 ..."]) -> None:
-    """A critic whose verdict on a sample depends on the others in the batch makes its opponent's gradient wrong, silently.
+    """A critic whose verdict on a sample depends on the others in the batch makes its opponent's gradient wrong,
+    silently.
 
     Raises:
         ValueError: the critic uses batch statistics, such as BatchNorm's or a minibatch standard deviation.
@@ -153,7 +160,10 @@ def refuse_coupled(name: str, critic: nn.Module, example: Float[Tensor, "4 ..."]
     together, apart = critic(example), torch.cat([critic(example[:2]), critic(example[2:])])
     critic.load_state_dict(state)
     if not torch.allclose(together, apart, rtol=1e-3, atol=1e-5):
-        raise ValueError(f"{name} judges a sample differently in another batch: the one-pass game needs critics without batch statistics (no BatchNorm, no minibatch deviation); use no norm or one per sample")
+        raise ValueError(
+            f"{name} judges a sample differently in another batch: the one-pass game needs critics without batch "
+            "statistics (no BatchNorm, no minibatch deviation); use no norm or one per sample"
+        )
 
 
 class AAAE(GenerativeAutoencoder):
@@ -187,14 +197,19 @@ class AAAE(GenerativeAutoencoder):
         self.objective = objective
         keys = torch.arange(4)
         dtype = next(latent_critic.parameters()).dtype
-        refuse_coupled("latent_critic", latent_critic, gaussian(keys, (code_size,), stream=CODE_DIRECTIONS, dtype=dtype))
+        refuse_coupled(
+            "latent_critic", latent_critic, gaussian(keys, (code_size,), stream=CODE_DIRECTIONS, dtype=dtype)
+        )
         refuse_coupled("image_critic", image_critic, gaussian(keys, image_shape, stream=IMAGE_DIRECTIONS, dtype=dtype))
 
     @classmethod
     def build(cls, config: Config) -> Self:
         """Fresh networks; their weights come from torch's global generator."""
         model, shape = config.model, (config.data.channels, config.data.size, config.model.width)
-        architecture, latent = networks.ARCHITECTURES[model.architecture], {"width": model.latent_width, "depth": model.latent_depth}
+        architecture, latent = (
+            networks.ARCHITECTURES[model.architecture],
+            {"width": model.latent_width, "depth": model.latent_depth},
+        )
         return cls(
             architecture.encoder(*shape, model.code_size),
             architecture.decoder(*shape, model.code_size),

@@ -33,7 +33,11 @@ class Autoencoder(GenerativeAutoencoder):
         del keys  # nothing is drawn
         codes = self.encoder(images)
         reconstruction = reconstruction_error(self.decoder(codes), images)
-        return Turn(self.objective.reconstruction_weight * reconstruction, {"reconstruction/mse": reconstruction.detach()}, codes.detach())
+        return Turn(
+            self.objective.reconstruction_weight * reconstruction,
+            {"reconstruction/mse": reconstruction.detach()},
+            codes.detach(),
+        )
 
 
 METHODS = {"aaae": AAAE, "autoencoder": Autoencoder}

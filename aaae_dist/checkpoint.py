@@ -47,10 +47,16 @@ def name_of(images: int) -> str:
 
 def complete(run: str) -> list[str]:
     """Names of the complete checkpoints of a run, oldest first."""
-    return [name for name in storage.listing(folder(run)) if name.isdigit() and storage.exists(storage.join(folder(run), name, COMPLETE))]
+    return [
+        name
+        for name in storage.listing(folder(run))
+        if name.isdigit() and storage.exists(storage.join(folder(run), name, COMPLETE))
+    ]
 
 
-def save(run: str, images: int, *, tensors: Mapping[str, Mapping[str, Tensor]], progress: Mapping[str, Any], keep: int) -> None:
+def save(
+    run: str, images: int, *, tensors: Mapping[str, Mapping[str, Tensor]], progress: Mapping[str, Any], keep: int
+) -> None:
     """Save, then remove all but the newest `keep` and whatever earlier attempts left behind.
 
     A checkpoint of the same images that is already complete stays as it is: training is deterministic.
@@ -63,7 +69,10 @@ def save(run: str, images: int, *, tensors: Mapping[str, Mapping[str, Tensor]], 
         place = storage.join(folder(run), name)
         storage.remove(place)
         manifest = {}
-        files = {f"{part}.safetensors": safetensors.torch.save({k: v.detach().cpu().contiguous() for k, v in values.items()}) for part, values in tensors.items()}
+        files = {
+            f"{part}.safetensors": safetensors.torch.save({k: v.detach().cpu().contiguous() for k, v in values.items()})
+            for part, values in tensors.items()
+        }
         files[PROGRESS] = json.dumps(dict(progress), indent=1).encode()
         for file, data in files.items():
             storage.write(storage.join(place, file), data)
@@ -120,7 +129,9 @@ def newest(run: str, *, parts: tuple[str, ...] = ("game", "average", "optimizer"
         except UserError as error:
             log.warning("checkpoint %s is passed over: %s", name, error)
     if names:
-        raise UserError(f"{folder(run)}: all {len(names)} checkpoints are damaged; restore one, or remove the folder to start anew")
+        raise UserError(
+            f"{folder(run)}: all {len(names)} checkpoints are damaged; restore one, or remove the folder to start anew"
+        )
     return None
 
 
@@ -137,7 +148,8 @@ def read_run_config(run: str) -> Config:
 
 
 def load_average(run: str, *, name: str = "") -> tuple[GenerativeAutoencoder, Config, str]:
-    """The averaged networks of a checkpoint (default: the newest undamaged), the run's configuration, the checkpoint's name.
+    """The averaged networks of a checkpoint (default: the newest undamaged), the run's configuration, the checkpoint's
+    name.
 
     Raises:
         UserError: there is no run or no such checkpoint, or it is damaged.
@@ -147,7 +159,10 @@ def load_average(run: str, *, name: str = "") -> tuple[GenerativeAutoencoder, Co
         raise UserError(f"--checkpoint {name}: {run} has {', '.join(names) or 'none'}; choose one of these")
     saved = read(run, name, parts=("average",)) if name else newest(run, parts=("average",))
     if saved is None:
-        raise UserError(f"{run}: no complete checkpoint yet; train it first, or wait for checkpoint.every = {config.checkpoint.every} images")
+        raise UserError(
+            f"{run}: no complete checkpoint yet; train it first, or wait for checkpoint.every = "
+            f"{config.checkpoint.every} images"
+        )
     model = METHODS[config.model.method].build(config).average()
     model.load_state_dict(saved.tensors["average"])
     return model, config, saved.name

@@ -21,7 +21,9 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class Data(Section):
@@ -42,7 +44,7 @@ class Data(Section):
     window: Count = 4096
     """Samples that are shuffled among each other within a lane. A part of the order: keep it to continue a run."""
     bad_share: Annotated[float, Field(ge=0, le=1)] = 0.001
-    """The share of unreadable samples above which a run stops (ten are always forgiven). Each is replaced by its neighbour."""
+    """Share of unreadable samples (replaced by their neighbours) above which a run stops; ten are always forgiven."""
     cache: str = ""
     """Folder for shards fetched from an object store; empty: `aaae_dist` in the user's cache folder."""
 
@@ -119,7 +121,7 @@ class Optimizer(Section):
 
 class Training(Section):
     run: str
-    """The run's folder, or any fsspec URL: config, metrics, checkpoints, pictures. The same command again continues it."""
+    """The run's folder, or any fsspec URL, for metrics, checkpoints and pictures; the same command again continues it."""
     images: Count
     """Images to train on, over all ranks: the only clock. Rounded up to whole batches."""
     batch_size: Count
@@ -135,14 +137,17 @@ class Training(Section):
     final_rate: Annotated[float, Field(ge=0, le=1)] = 0.05
     """Share of the peak learning rates that the cosine ends at."""
     average_half_life: NotNegative = 9_000.0
-    """Half-life, in images, of the averaged weights that are evaluated; at most a twelfth of the images seen. 0: no averaging."""
+    """Half-life, in images, of the averaged weights, which are evaluated; at most a twelfth of the images seen; 0: off."""
     patience: Positive = 180.0
     """Seconds that a rank waits for the others before it gives up."""
 
     @model_validator(mode="after")
     def precision_is_safe(self) -> Self:
         if self.precision == "fp16":
-            raise ValueError('precision "fp16": refused, because the ratio between a critic\'s and its opponent\'s gradient, exp(margin), overflows in float16; use "bf16" or "no"')
+            raise ValueError(
+                "precision \"fp16\": refused, because the ratio between an opponent's gradient and its critic's, "
+                'exp(margin), overflows in float16; use "bf16" or "no"'
+            )
         if self.precision not in ("no", "bf16"):
             raise ValueError(f'precision "{self.precision}": must be "no" or "bf16"')
         return self
@@ -238,7 +243,9 @@ def load_config(arguments: Sequence[str]) -> Config:
     Raises:
         UserError: a file that is missing or no TOML, an unknown key (the nearest valid one is named), or a wrong value.
     """
-    tree: dict[str, Any] = {"optimizer": Optimizer().model_dump(mode="json")}  # so that one of a network's rates can be set alone
+    tree: dict[str, Any] = {
+        "optimizer": Optimizer().model_dump(mode="json")
+    }  # so that one of a network's rates can be set alone
     origin: dict[str, str] = {}  # of every key: the file or argument that set it
     for argument in arguments:
         key, equals, value = argument.partition("=")
@@ -258,7 +265,10 @@ def read_toml(path: str) -> dict[str, Any]:
     try:
         return tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; configurations are TOML files such as configs/digits.toml, overrides look like training.batch_size=128") from None
+        raise UserError(
+            f"{path}: no such file; configurations are TOML files such as configs/digits.toml, overrides look like "
+            "training.batch_size=128"
+        ) from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); give a TOML file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -270,11 +280,13 @@ def parse_override(argument: str, key: str, value: str) -> dict[str, Any]:
         parsed = tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
         parsed = value  # a plain word is text: `training.run=runs/second`
-    for part in reversed(key.strip().split(".")):
-        if not part:
-            raise UserError(f"{argument}: an override looks like section.key=value, such as training.batch_size=128")
-        parsed = {part: parsed}
-    return parsed
+    *sections, name = key.strip().split(".")
+    if not all([*sections, name]):
+        raise UserError(f"{argument}: an override looks like section.key=value, such as training.batch_size=128")
+    tree: dict[str, Any] = {name: parsed}
+    for section in reversed(sections):
+        tree = {section: tree}
+    return tree
 
 
 def merge(tree: dict[str, Any], other: dict[str, Any], *, where: str) -> None:
@@ -284,7 +296,9 @@ def merge(tree: dict[str, Any], other: dict[str, Any], *, where: str) -> None:
         if isinstance(old, dict) and isinstance(value, dict):
             merge(old, value, where=where)
         elif isinstance(old, dict):
-            raise UserError(f"{where}: {name} is a section, not a value; set its keys, such as {name}.{next(iter(old), 'key')}")
+            raise UserError(
+                f"{where}: {name} is a section, not a value; set its keys, such as {name}.{next(iter(old), 'key')}"
+            )
         else:
             tree[name] = value
 
@@ -293,16 +307,26 @@ def describe(problem: Any, origin: dict[str, str]) -> str:
     """One of pydantic's complaints in one clause: where it was set, the setting, its value, the rule."""
     parts = [str(part) for part in problem["loc"] if not isinstance(part, int)]
     key = ".".join(parts)
-    where = origin.get(key) or next((source for name, source in origin.items() if name.startswith(f"{key}.") or key.startswith(f"{name}.")), "")
+    where = origin.get(key) or next(
+        (source for name, source in origin.items() if name.startswith(f"{key}.") or key.startswith(f"{name}.")), ""
+    )
     where = f"{where}: " if where and "=" not in where else ""
     if problem["type"] == "extra_forbidden":
         known = list(documentation())
-        near = difflib.get_close_matches(key, known, n=1, cutoff=0.6) or [name for name in known if name.rpartition(".")[2] == parts[-1]]
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.6) or [
+            name for name in known if name.rpartition(".")[2] == parts[-1]
+        ]
         sections = ", ".join(Config.model_fields)
-        return f"{where}{key}: unknown setting; " + (f"did you mean {near[0]}?" if near else f"the sections are {sections}; `aaae train --help` lists every setting")
+        return f"{where}{key}: unknown setting; " + (
+            f"did you mean {near[0]}?"
+            if near
+            else f"the sections are {sections}; `aaae train --help` lists every setting"
+        )
     if problem["type"] == "missing":
         sentence = documentation().get(key, "")
-        return f"{key}: missing; set it in the TOML file or as {key}=..." + (f" ({sentence.rstrip('.')})" if sentence else "")
+        return f"{key}: missing; set it in the TOML file or as {key}=..." + (
+            f" ({sentence.rstrip('.')})" if sentence else ""
+        )
     if problem["type"] == "value_error":
         return f"{where}{key}.{problem['ctx']['error']}"
     message = problem["msg"][0].lower() + problem["msg"][1:]

@@ -1,8 +1,4 @@
-"""Reading: an index -> batches of uint8 images, in an order that is a pure function of (seed, epoch, position).
-
-The order knows nothing of ranks, workers or batch sizes: position p of an epoch is one sample, global batch t is G
-consecutive positions, and every rank takes its slice. So a run continues at the exact sample from two integers.
-"""
+"""Reading: an index -> batches of uint8 images, in the order that `order.py` defines."""
 
 import hashlib
 import io
@@ -10,7 +6,6 @@ import logging
 import os
 import tarfile
 import threading
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -25,8 +20,11 @@ from PIL import Image
 from torch import Tensor
 
 from aaae_dist import storage
+from aaae_dist.config import Data
 from aaae_dist.errors import UserError
+from aaae_dist.order import Order
 from aaae_dist.shards import INDEX, Index, Shard, read_index
+from aaae_dist.sources import UNREADABLE
 
 log = logging.getLogger(__name__)
 
@@ -55,62 +53,28 @@ def to_uint8(images: Float[Tensor, "*shape"]) -> UInt8[Tensor, "*shape"]:
     return images.float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-class Order:
-    """The order of one epoch after another: (seed, epoch, position) -> (shard, sample in it).
-
-    The shards are permuted and laid end to end, the line is cut into `lanes` equal ones, and within a lane every `window`
-    samples are permuted. Position p is lane p mod lanes, offset p // lanes: a batch is gathered from places far apart, while
-    few shards are needed at a time. Fewer samples than there are lanes are left out, other ones in every epoch.
-    """
-
-    def __init__(self, counts: Sequence[int], *, seed: int, lanes: int, window: int) -> None:
-        self.counts = np.asarray(counts)
-        self.seed, self.lanes, self.window = seed, min(lanes, int(self.counts.sum())), window
-        self.lane_length = int(self.counts.sum()) // self.lanes
-        self.length = self.lane_length * self.lanes
-        self.cache: OrderedDict[tuple[int, ...], np.ndarray] = OrderedDict()
-
-    def permutation(self, count: int, *key: int) -> np.ndarray:
-        """A permutation that is a pure function of (seed, key). Philox's raw stream never changes between numpy versions."""
-        if key not in self.cache:
-            draws = np.random.Philox(np.random.SeedSequence([self.seed, *key])).random_raw(count)
-            self.cache[key] = draws.argsort(kind="stable")
-            while len(self.cache) > 4 * self.lanes:
-                self.cache.popitem(last=False)
-        return self.cache[key]
-
-    def samples(self, epoch: int, start: int, stop: int) -> list[tuple[int, int]]:
-        """The (shard, sample) at positions start, start + 1, ..., stop - 1 of an epoch, those of one lane side by side."""
-        shards = self.permutation(len(self.counts), epoch)
-        ends = self.counts[shards].cumsum()
-        found = []
-        for position in sorted(range(start, stop), key=lambda p: p % self.lanes):
-            lane, offset = position % self.lanes, position // self.lanes
-            block, inside = divmod(offset, self.window)
-            size = min(self.window, self.lane_length - block * self.window)
-            place = lane * self.lane_length + block * self.window + self.permutation(size, epoch, lane, block)[inside]
-            at = int(ends.searchsorted(place, side="right"))
-            found.append((int(shards[at]), int(place - (ends[at] - self.counts[shards[at]]))))
-        return found
-
-
 class Reader:
     """Samples of one split by (shard, number), from local files or from an object store through a cache folder.
 
     Safe to use from several threads.
     """
 
-    def __init__(self, url: str, *, split: str, channels: int, size: int, bad_share: float = 0.0, cache: str = "") -> None:
-        self.url, self.index = url, read_index(url)
+    def __init__(self, data: Data, *, split: str) -> None:
+        """Read the index and see that the split is there, whole, and of the shape that `data` says.
+
+        Raises:
+            UserError: it is not.
+        """
+        self.data, self.url, self.index = data, data.url, read_index(data.url)
         self.shards = [shard for shard in self.index.shards if shard.split == split]
-        self.channels, self.size, self.bad_share = channels, size, bad_share
-        self.cache = Path(cache or os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "aaae_dist"
-        self.members: dict[int, list[dict[str, tuple[int, int]]]] = {}
-        self.names: dict[int, list[str]] = {}
+        check(self.index, url=data.url, split=split, channels=data.channels, size=data.size)
+        self.cache = Path(data.cache or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "aaae_dist"
+        # Of opened shards: their files, the samples' names, and where their members lie.
         self.files: dict[int, int] = {}
+        self.names: dict[int, list[str]] = {}
+        self.members: dict[int, list[dict[str, tuple[int, int]]]] = {}
         self.locks = [threading.Lock() for _ in self.shards]
         self.seen, self.bad = 0, set[tuple[int, int]]()
-        check(self.index, url=url, split=split, channels=channels, size=size)
 
     @property
     def counts(self) -> list[int]:
@@ -122,11 +86,16 @@ class Reader:
     @property
     def fingerprint(self) -> str:
         """Of the split: changes when any shard does."""
-        return hashlib.sha256("\n".join(f"{shard.url} {shard.samples} {shard.sha256}" for shard in self.shards).encode()).hexdigest()[:16]
+        return hashlib.sha256(
+            "\n".join(f"{shard.url} {shard.samples} {shard.sha256}" for shard in self.shards).encode()
+        ).hexdigest()[:16]
 
     def batch(self, samples: Sequence[tuple[int, int]], *, epoch: int = 0, position: int = 0) -> Batch:
-        """Read and decode. An unreadable sample is counted, reported, and replaced by the next readable one of its shard."""
-        images = np.empty((len(samples), self.size, self.size, self.channels), np.uint8)
+        """Read and decode.
+
+        An unreadable sample is counted, reported, and replaced by the next readable one of its shard.
+        """
+        images = np.empty((len(samples), self.data.size, self.data.size, self.data.channels), np.uint8)
         keys, labels = [], []
         for row, (shard, number) in enumerate(samples):
             key, label = self.read_into(images[row], shard, number)
@@ -142,7 +111,7 @@ class Reader:
             try:
                 self.decode_into(pixels, shard, member)
                 label = int(self.bytes_of(shard, member["cls"])) if "cls" in member else None
-            except (OSError, ValueError, KeyError, SyntaxError, Image.DecompressionBombError) as error:
+            except UNREADABLE as error:
                 self.note_bad(shard, candidate % count, error)
                 continue
             self.seen += 1
@@ -152,21 +121,35 @@ class Reader:
     def note_bad(self, shard: int, number: int, error: Exception) -> None:
         if (shard, number) not in self.bad:
             self.bad.add((shard, number))
-            log.warning("%s: sample %s cannot be read (%s); its neighbour takes its place", self.place(shard), self.names[shard][number], storage.one_line(error))
-        if len(self.bad) > max(FORGIVEN, self.bad_share * max(self.seen, len(self))):
-            raise UserError(f"{self.url}: {len(self.bad)} unreadable samples, more than data.bad_share = {self.bad_share} allows; prepare the data set anew, or raise it")
+            log.warning(
+                "%s: sample %s cannot be read (%s); its neighbour takes its place",
+                self.place(shard),
+                self.names[shard][number],
+                storage.one_line(error),
+            )
+        if len(self.bad) > max(FORGIVEN, self.data.bad_share * max(self.seen, len(self))):
+            raise UserError(
+                f"{self.url}: {len(self.bad)} unreadable samples, more than data.bad_share = {self.data.bad_share} "
+                "allows; prepare the data set anew, or raise it"
+            )
 
     def decode_into(self, pixels: np.ndarray, shard: int, member: dict[str, tuple[int, int]]) -> None:
-        extension = next(name for name in IMAGE_EXTENSIONS if name in member) if not member.keys().isdisjoint(IMAGE_EXTENSIONS) else ""
+        extension = (
+            next(name for name in IMAGE_EXTENSIONS if name in member)
+            if not member.keys().isdisjoint(IMAGE_EXTENSIONS)
+            else ""
+        )
         if not extension:
             raise ValueError(f"no image among {', '.join(member)}")
         data = self.bytes_of(shard, member[extension])
         if extension in ("jpg", "jpeg"):
-            decoded = simplejpeg.decode_jpeg(data, "GRAY" if self.channels == 1 else "RGB")
+            decoded = simplejpeg.decode_jpeg(data, "GRAY" if self.data.channels == 1 else "RGB")
         else:
-            decoded = np.asarray(Image.open(io.BytesIO(data)).convert("L" if self.channels == 1 else "RGB"))
-        if decoded.shape[:2] != (self.size, self.size):
-            raise ValueError(f"{decoded.shape[1]} x {decoded.shape[0]} pixels instead of {self.size} x {self.size}")
+            decoded = np.asarray(Image.open(io.BytesIO(data)).convert("L" if self.data.channels == 1 else "RGB"))
+        if decoded.shape[:2] != (self.data.size, self.data.size):
+            raise ValueError(
+                f"{decoded.shape[1]} x {decoded.shape[0]} pixels instead of {self.data.size} x {self.data.size}"
+            )
         pixels[:] = decoded.reshape(pixels.shape)
 
     def bytes_of(self, shard: int, member: tuple[int, int]) -> bytes:
@@ -191,7 +174,10 @@ class Reader:
                 self.files[shard] = os.open(path, os.O_RDONLY)
             self.names[shard], members = list_samples(path)
             if len(members) != self.shards[shard].samples:
-                raise UserError(f"{self.place(shard)}: {len(members)} samples, but the index says {self.shards[shard].samples}; prepare the data set anew")
+                raise UserError(
+                    f"{self.place(shard)}: {len(members)} samples, but the index says {self.shards[shard].samples}; "
+                    "prepare the data set anew"
+                )
             self.members[shard] = members  # last: other threads take it as a sign that all is there
 
 
@@ -199,30 +185,46 @@ def check(index: Index, *, url: str, split: str, channels: int, size: int) -> No
     """Raise a UserError unless the index has this split, its images have this shape, and its shards are there."""
     place, splits = storage.join(url, INDEX), sorted({shard.split for shard in index.shards})
     if split not in splits:
-        raise UserError(f'data.split or data.held_out "{split}": {place} has only {", ".join(splits)}; choose one of these')
+        raise UserError(
+            f'data.split or data.held_out "{split}": {place} has only {", ".join(splits)}; choose one of these'
+        )
     if (index.channels, index.height, index.width) != (channels, size, size):
-        raise UserError(f"data.channels {channels}, data.size {size}: {place} says {index.channels} channels of {index.height} x {index.width} pixels; set both to what was prepared")
+        raise UserError(
+            f"data.channels {channels}, data.size {size}: {place} says {index.channels} channels of {index.height} x "
+            f"{index.width} pixels; set both to what was prepared"
+        )
     chosen = [shard for shard in index.shards if shard.split == split]
     if not sum(shard.samples for shard in chosen):
         raise UserError(f'{place}: split "{split}" is empty; prepare the data set anew')
     there = storage.listing(url)
     if missing := [shard.url for shard in chosen if shard.url not in there]:
-        raise UserError(f"{storage.join(url, missing[0])}: no such file, {len(missing)} of {len(chosen)} shards are missing; bring them back or prepare the data set anew")
+        raise UserError(
+            f"{storage.join(url, missing[0])}: no such file, {len(missing)} of {len(chosen)} shards are missing; "
+            "bring them back or prepare the data set anew"
+        )
     if cut := [shard for shard in chosen if there[shard.url] != shard.bytes]:
-        raise UserError(f"{storage.join(url, cut[0].url)}: {there[cut[0].url]} bytes, but the index says {cut[0].bytes}; it was cut short or replaced: prepare the data set anew")
+        raise UserError(
+            f"{storage.join(url, cut[0].url)}: {there[cut[0].url]} bytes, but the index says {cut[0].bytes}; it was "
+            "cut short or replaced: prepare the data set anew"
+        )
 
 
 def find_damage(place: str, shard: Shard, data: bytes) -> str:
     """What is wrong with these bytes, by the index; nothing if they are what it promises."""
     if len(data) != shard.bytes:
-        return f"{place}: {len(data)} bytes, but the index says {shard.bytes}; it was cut short or replaced: prepare the data set anew"
+        return (
+            f"{place}: {len(data)} bytes, but the index says {shard.bytes}; "
+            "it was cut short or replaced: prepare the data set anew"
+        )
     if hashlib.sha256(data).hexdigest() != shard.sha256:
         return f"{place}: its sha256 is not the index's; it was damaged or replaced: prepare the data set anew"
     return ""
 
 
 def obtain(place: str, shard: Shard, cache: Path) -> Path:
-    """The path of a local shard, or of the local copy of a remote one, downloaded if need be; either is what the index promises."""
+    """The path of a local shard, or of the local copy of a remote one, downloaded if need be; either is what the index
+    promises.
+    """
     if storage.is_local(place):
         path = storage.local_path(place)
     else:
@@ -239,7 +241,9 @@ def obtain(place: str, shard: Shard, cache: Path) -> Path:
 
 
 def list_samples(path: Path) -> tuple[list[str], list[dict[str, tuple[int, int]]]]:
-    """Keys of a webdataset tar, and for each sample the (offset, size) of every member by its extension, as webdataset groups them."""
+    """Keys of a webdataset tar, and for each sample the (offset, size) of every member by its extension, as webdataset
+    groups them.
+    """
     names: list[str] = []
     samples: list[dict[str, tuple[int, int]]] = []
     try:
@@ -276,12 +280,22 @@ def ahead(calls: Iterator, *, workers: int) -> Iterator:
 
 
 def stream(
-    reader: Reader, *, seed: int, lanes: int, window: int, batch_size: int, world: int, rank: int, workers: int, epoch: int = 0, position: int = 0, start: int = 0
+    reader: Reader,
+    *,
+    seed: int,
+    lanes: int,
+    window: int,
+    batch_size: int,
+    world: int,
+    rank: int,
+    workers: int,
+    epoch: int = 0,
+    position: int = 0,
 ) -> Iterator[Batch]:
-    """This rank's part of every global batch, for ever, from `start` batches after `position` of `epoch` on.
+    """This rank's part of every global batch, for ever, from `position` of `epoch` on.
 
-    No sample comes twice in an epoch; an epoch leaves out fewer than `batch_size` samples plus the lanes' remainder; every
-    rank gets the same number of batches.
+    No sample comes twice in an epoch; an epoch leaves out fewer than `batch_size` samples plus the lanes' remainder;
+    every rank gets the same number of batches.
 
     Raises:
         UserError: `batch_size` does not divide by `world`, or is larger than the split.
@@ -290,10 +304,10 @@ def stream(
     if batch_size % world:
         raise UserError(f"training.batch_size {batch_size}: not a multiple of the {world} ranks; choose one that is")
     if batch_size > order.length:
-        raise UserError(f"training.batch_size {batch_size}: larger than the {order.length} samples of an epoch; choose a smaller one, or prepare more images")
-    per_epoch = order.length // batch_size
-    if start:
-        epoch, position = epoch + start // per_epoch, position + start % per_epoch * batch_size
+        raise UserError(
+            f"training.batch_size {batch_size}: larger than the {order.length} samples of an epoch; choose a smaller "
+            "one, or prepare more images"
+        )
     share = slice(rank * batch_size // world, (rank + 1) * batch_size // world)
 
     def calls(epoch: int, position: int) -> Iterator:
@@ -302,13 +316,20 @@ def stream(
                 epoch, position = epoch + 1, 0
             samples = order.samples(epoch, position, position + batch_size)[share]
             position += batch_size
-            yield lambda samples=samples, epoch=epoch, position=position: reader.batch(samples, epoch=epoch, position=position)
+            yield lambda samples=samples, epoch=epoch, position=position: reader.batch(
+                samples, epoch=epoch, position=position
+            )
 
     return ahead(calls(epoch, position), workers=workers)
 
 
 def sweep(reader: Reader, *, limit: int, batch_size: int, world: int, rank: int, workers: int) -> Iterator[Batch]:
-    """The first `limit` samples exactly once over all ranks, each rank every world-th, for evaluation. A rank may get none."""
-    samples = [(shard, number) for shard, count in enumerate(reader.counts) for number in range(count)][:limit][rank::world]
+    """The first `limit` samples exactly once over all ranks, each rank every world-th, for evaluation.
+
+    A rank may get none.
+    """
+    samples = [(shard, number) for shard, count in enumerate(reader.counts) for number in range(count)][:limit][
+        rank::world
+    ]
     parts = (samples[start : start + batch_size] for start in range(0, len(samples), batch_size))
     return ahead((lambda part=part: reader.batch(part) for part in parts), workers=workers)

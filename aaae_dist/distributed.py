@@ -29,7 +29,10 @@ def start(*, precision: str, accumulation: int, patience: float) -> Accelerator:
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=patience))],
     )
     if world() != launched_world():
-        raise UserError(f"WORLD_SIZE={launched_world()}: the launcher announced as many ranks, but {world()} joined; start with `accelerate launch --config_file launch/ddp.yaml`")
+        raise UserError(
+            f"WORLD_SIZE={launched_world()}: the launcher announced as many ranks, but {world()} joined; start with "
+            "`accelerate launch --config_file launch/ddp.yaml`"
+        )
     return accelerator
 
 

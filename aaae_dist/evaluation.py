@@ -17,7 +17,9 @@ THUMBNAIL = 16  # pixels: small enough for a covariance, and no extractor is nee
 
 
 @torch.no_grad()
-def evaluate(model: GenerativeAutoencoder, *, train: Reader, held_out: Reader, samples: int, batch_size: int, workers: int) -> Iterator[tuple[str, float]]:
+def evaluate(
+    model: GenerativeAutoencoder, *, train: Reader, held_out: Reader, samples: int, batch_size: int, workers: int
+) -> Iterator[tuple[str, float]]:
     """Names and values, the same on every rank.
 
     Args:
@@ -25,7 +27,7 @@ def evaluate(model: GenerativeAutoencoder, *, train: Reader, held_out: Reader, s
         held_out: the images that are reconstructed.
         samples: drawn, and at most as many images of `train` encoded.
     """
-    device, code_size, thumbnail = device_of(model), model.moments.shape[1], min(train.size, THUMBNAIL)
+    device, code_size, thumbnail = device_of(model), model.moments.shape[1], min(train.data.size, THUMBNAIL)
     part = {"batch_size": batch_size, "world": world(), "rank": rank(), "workers": workers}
 
     error = torch.zeros(2, dtype=torch.float64, device=device)
@@ -40,12 +42,12 @@ def evaluate(model: GenerativeAutoencoder, *, train: Reader, held_out: Reader, s
     def thumbnails(images: Images) -> Features:
         return adaptive_avg_pool2d(images, thumbnail).flatten(1)
 
-    codes, reals = RunningMoments(code_size, device), RunningMoments(train.channels * thumbnail**2, device)
+    codes, reals = RunningMoments(code_size, device), RunningMoments(train.data.channels * thumbnail**2, device)
     for batch in sweep(train, limit=samples, **part):
         images = to_float(batch.images.to(device))
         codes.add(model.encode(images))
         reals.add(thumbnails(images))
-    generated, fakes = RunningMoments(code_size, device), RunningMoments(train.channels * thumbnail**2, device)
+    generated, fakes = RunningMoments(code_size, device), RunningMoments(train.data.channels * thumbnail**2, device)
     for first in range(rank() * batch_size, samples, world() * batch_size):
         drawn = sample_codes(model, seed=EVALUATION_SEED, first=first, count=min(batch_size, samples - first))
         generated.add(drawn)
@@ -55,4 +57,7 @@ def evaluate(model: GenerativeAutoencoder, *, train: Reader, held_out: Reader, s
     yield "latent/effective_rank", effective_rank(true.covariance)
     yield "latent/generated_effective_rank", effective_rank(made.covariance)
     real, fake = reals.over_ranks(), fakes.over_ranks()
-    yield "samples/thumbnail_frechet_over_trace", frechet_distance(real, fake) / max(real.covariance.trace().item(), 1e-12)
+    yield (
+        "samples/thumbnail_frechet_over_trace",
+        frechet_distance(real, fake) / max(real.covariance.trace().item(), 1e-12),
+    )

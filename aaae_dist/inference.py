@@ -4,6 +4,7 @@ import torch
 from jaxtyping import UInt8
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import pad
 
 from aaae_dist.aaae import NOISE, GenerativeAutoencoder
 from aaae_dist.data import Pixels, to_float, to_uint8
@@ -35,21 +36,29 @@ def reconstruct(model: GenerativeAutoencoder, pixels: Pixels) -> Pixels:
     return to_uint8(model.decode(model.encode(images)))
 
 
-def grid(pixels: Pixels, *, columns: int, scale: int = 0) -> UInt8[Tensor, "channels height width"]:
-    """Images side by side, `columns` in a row, enlarged `scale` times without smoothing (0: to some 32 pixels each)."""
-    count, channels, height, width = pixels.shape
-    scale = scale or max(1, 32 // height)
+def grid(pixels: Pixels, *, columns: int, gap: int = 4) -> UInt8[Tensor, "channels height width"]:
+    """Images side by side on white, `columns` in a row; small ones enlarged to some 32 pixels, without smoothing."""
+    scale = max(1, 32 // pixels.shape[2])
+    enlarged = pad(pixels.cpu().repeat_interleave(scale, 2).repeat_interleave(scale, 3), (0, gap, 0, gap), value=255)
+    count, channels, height, width = enlarged.shape
     rows = -(-count // columns)
     cells = torch.full((rows * columns, channels, height, width), 255, dtype=torch.uint8)
-    cells[:count] = pixels.cpu()
-    tiled = cells.view(rows, columns, channels, height, width).permute(2, 0, 3, 1, 4).reshape(channels, rows * height, columns * width)
-    return tiled.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
+    cells[:count] = enlarged
+    return (
+        cells.view(rows, columns, channels, height, width)
+        .permute(2, 0, 3, 1, 4)
+        .reshape(channels, rows * height, columns * width)
+    )
 
 
-def pairs(originals: Pixels, reconstructions: Pixels, *, columns: int, scale: int = 0) -> UInt8[Tensor, "channels height width"]:
+def pairs(originals: Pixels, reconstructions: Pixels, *, columns: int) -> UInt8[Tensor, "channels height width"]:
     """A grid whose rows alternate: originals, and below them their reconstructions."""
-    rows = [torch.cat([originals[k : k + columns].cpu(), reconstructions[k : k + columns].cpu()]) for k in range(0, len(originals) // columns * columns, columns)]
-    return grid(torch.cat(rows or [originals.cpu(), reconstructions.cpu()]), columns=columns, scale=scale)
+    rows = [
+        grid(images[start : start + columns], columns=columns)
+        for start in range(0, len(originals), columns)
+        for images in (originals, reconstructions)
+    ]
+    return torch.cat(rows, dim=1)
 
 
 def picture(pixels: UInt8[Tensor, "channels height width"]) -> Image.Image:
@@ -58,10 +67,12 @@ def picture(pixels: UInt8[Tensor, "channels height width"]) -> Image.Image:
 
 
 def overview(model: GenerativeAutoencoder, held_out: Pixels, *, seed: int) -> Image.Image:
-    """What a run shows as it goes: 100 samples of fixed noise, and held-out images above their reconstructions."""
-    left = grid(sample(model, seed=seed, first=0, count=100), columns=10)
-    right = pairs(held_out[:50], reconstruct(model, held_out[:50]), columns=10) if len(held_out) >= 50 else pairs(held_out, reconstruct(model, held_out), columns=len(held_out))
-    height = max(left.shape[1], right.shape[1])
-    sides = [torch.nn.functional.pad(side, (0, 0, 0, height - side.shape[1]), value=255) for side in (left, right)]
-    gap = torch.full((left.shape[0], height, 16), 255, dtype=torch.uint8)
-    return picture(torch.cat([sides[0], gap, sides[1]], dim=2))
+    """What a run shows as it goes: on the left 100 samples of fixed noise, on the right held-out images above their
+    reconstructions.
+    """
+    sides = (
+        grid(sample(model, seed=seed, first=0, count=100), columns=10),
+        pairs(held_out, reconstruct(model, held_out), columns=10),
+    )
+    height = max(side.shape[1] for side in sides)
+    return picture(torch.cat([pad(side, (0, 16, 0, height - side.shape[1]), value=255) for side in sides], dim=2))

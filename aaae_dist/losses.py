@@ -14,8 +14,9 @@ Logits = Float[Tensor, " batch"]
 class Pairing(NamedTuple):
     """Both sides of one adversarial pairing, written down once.
 
-    `ratio` is d(opponent's loss) / d(critic's loss) with respect to each fake sample: the critic's own gradient at its fake
-    input, times this number, is the gradient that the opponent needs. All are functions of (real logits, fake logits).
+    `ratio` is d(opponent's loss) / d(critic's loss) with respect to each fake sample: the critic's own gradient at its
+    fake input, times this number, is the gradient that the opponent needs. All are functions of (real logits, fake
+    logits).
     """
 
     critic: Callable[[Logits, Logits], Logits]
@@ -51,12 +52,14 @@ def gradient_penalty(plus: Logits, minus: Logits, *, step: float) -> Float[Tenso
     """(R1 + R2) / 2 by central differences: the mean over samples of |grad D|^2, half of them real and half fake.
 
     `plus` and `minus` are D(x + step e) and D(x - step e), e ~ N(0, I). For every direction the squared slope
-    ((plus - minus) / (2 step))^2 tends to (e . grad D)^2, whose mean over e is |grad D|^2 (R1, R2: Mescheder et al. 2018).
+    ((plus - minus) / (2 step))^2 tends to (e . grad D)^2, whose mean over e is |grad D|^2 (Mescheder et al. 2018).
     """
     return ((plus - minus) / (2 * step)).square().mean()
 
 
-def reconstruction_error(reconstructions: Float[Tensor, "*shape"], images: Float[Tensor, "*shape"]) -> Float[Tensor, ""]:
+def reconstruction_error(
+    reconstructions: Float[Tensor, "*shape"], images: Float[Tensor, "*shape"]
+) -> Float[Tensor, ""]:
     """Mean squared error per value, in float32 or wider."""
     precision = torch.promote_types(images.dtype, torch.float32)
     return mse_loss(reconstructions.to(precision), images.to(precision))

@@ -58,7 +58,7 @@ def frechet_distance(a: Moments, b: Moments) -> float:
 
 
 def effective_rank(covariance: Float[Tensor, "feature feature"]) -> float:
-    """exp of the entropy of the normalised eigenvalues (Roy, Vetterli 2007): how many dimensions the codes really use."""
+    """exp of the entropy of the normalised eigenvalues (Roy, Vetterli 2007): how many dimensions are really used."""
     values = torch.linalg.eigvalsh(covariance.double()).clamp_min(0)
     shares = values / values.sum().clamp_min(torch.finfo(values.dtype).tiny)
     return torch.special.entr(shares).sum().exp().item()
@@ -66,4 +66,8 @@ def effective_rank(covariance: Float[Tensor, "feature feature"]) -> float:
 
 def psnr(mean_squared_error: float, *, span: float) -> float:
     """Peak signal-to-noise ratio in dB of values that span `span` (2 for [-1, 1])."""
-    return float("inf") if mean_squared_error <= 0 else (10 * torch.log10(torch.tensor(span * span / mean_squared_error, dtype=torch.float64))).item()
+    return (
+        float("inf")
+        if mean_squared_error <= 0
+        else (10 * torch.log10(torch.tensor(span * span / mean_squared_error, dtype=torch.float64))).item()
+    )

@@ -1,8 +1,9 @@
-"""The networks. None looks at more than one sample at a time: no batch statistics, so ranks and micro-batches do not matter.
+"""The networks. None looks at more than one sample at a time: no batch statistics, so ranks and micro-batches do not
+matter.
 
-Encoders and decoders are normalised by the root mean square over channels, pixel by pixel; critics by nothing. A critic's
-last layer has no bias: a relativistic pairing compares logits, so the bias has no gradient but rounding noise, which Adam
-would turn into steps of full size.
+Encoders and decoders are normalised by the root mean square over channels, pixel by pixel; critics by nothing. A
+critic's last layer has no bias: a relativistic pairing compares logits, so the bias has no gradient but rounding noise,
+which Adam would turn into steps of full size.
 """
 
 from collections.abc import Callable
@@ -34,7 +35,10 @@ class RMSNorm(nn.Module):
 
 
 class Stack(nn.Module):
-    """Layers in sequence. A class with a forward of its own, because a bare nn.Sequential cannot be compiled in place."""
+    """Layers in sequence.
+
+    A class with a forward of its own, because a bare nn.Sequential cannot be compiled in place.
+    """
 
     def __init__(self, *layers: nn.Module) -> None:
         super().__init__()
@@ -45,7 +49,8 @@ class Stack(nn.Module):
 
 
 class Critic(nn.Module):
-    """Layers that end in features, and a last layer of one logit per sample, in float32 or wider whatever the precision.
+    """Layers that end in features, and a last layer of one logit per sample, in float32 or wider whatever the
+    precision.
 
     In bfloat16 the logits' rounding would drown the finite differences of the penalties.
     """
@@ -70,7 +75,11 @@ def hidden(inputs: int, *, width: int, depth: int, norm: bool = False) -> list[n
     """`depth` fully connected hidden layers."""
     layers: list[nn.Module] = []
     for _ in range(depth):
-        layers += [nn.Linear(inputs, width), RMSNorm(width), activation()] if norm else [nn.Linear(inputs, width), activation()]
+        layers += (
+            [nn.Linear(inputs, width), RMSNorm(width), activation()]
+            if norm
+            else [nn.Linear(inputs, width), activation()]
+        )
         inputs = width
     return layers
 
@@ -87,12 +96,18 @@ def dcgan_widths(size: int, width: int) -> list[int]:
     """Channels after each halving from `size` pixels down to 4."""
     halvings = (size // 4).bit_length() - 1
     if size < 8 or size != 4 << halvings:
-        raise UserError(f"data.size {size}: the dcgan architecture needs 4 times a power of two (8, 16, 32, ...); prepare the images at such a size")
+        raise UserError(
+            f"data.size {size}: the dcgan architecture needs 4 times a power of two (8, 16, 32, ...); prepare the "
+            "images at such a size"
+        )
     return [width << i for i in range(halvings)]
 
 
 def dcgan_trunk(channels: int, size: int, width: int, *, norm: bool) -> list[nn.Module]:
-    """Halvings down to 4 x 4 pixels, then flat features (Radford, Metz, Chintala 2016). The first is never normalised."""
+    """Halvings down to 4 x 4 pixels, then flat features (Radford, Metz, Chintala 2016).
+
+    The first is never normalised.
+    """
     layers: list[nn.Module] = []
     inputs = channels
     for outputs in dcgan_widths(size, width):

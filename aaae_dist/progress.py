@@ -21,7 +21,11 @@ class Progress:
 
     def __init__(self, total: int, done: int, *, visible: bool) -> None:
         self.total, self.first, self.began, self.visible = total, done, time.monotonic(), visible
-        self.bar = tqdm(total=total, initial=done, unit=" images", unit_scale=True, dynamic_ncols=True) if visible and sys.stderr.isatty() else None
+        self.bar = (
+            tqdm(total=total, initial=done, unit=" images", unit_scale=True, dynamic_ncols=True)
+            if visible and sys.stderr.isatty()
+            else None
+        )
 
     def advance(self, images: int) -> None:
         if self.bar is not None:
@@ -29,12 +33,21 @@ class Progress:
 
     def say(self, images: int, metrics: Mapping[str, float]) -> None:
         """Some figures of the last interval: behind the bar, or as a line."""
-        figures = {name.replace("reconstruction/", "").replace("speed/", ""): f"{value:.4g}" for name, value in metrics.items()}
+        figures = {
+            name.replace("reconstruction/", "").replace("speed/", ""): f"{value:.4g}" for name, value in metrics.items()
+        }
         if self.bar is not None:
             self.bar.set_postfix(figures)
         elif self.visible:
             left = (self.total - images) * (time.monotonic() - self.began) / max(images - self.first, 1)
-            log.info("%s of %s images (%.0f %%), %s left, %s", f"{images:,}", f"{self.total:,}", 100 * images / self.total, duration(left), ", ".join(f"{k} {v}" for k, v in figures.items()))
+            log.info(
+                "%s of %s images (%.0f %%), %s left, %s",
+                f"{images:,}",
+                f"{self.total:,}",
+                100 * images / self.total,
+                duration(left),
+                ", ".join(f"{k} {v}" for k, v in figures.items()),
+            )
 
     def close(self) -> None:
         if self.bar is not None:

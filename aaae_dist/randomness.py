@@ -1,8 +1,8 @@
 """Random numbers as a pure function of (seed, sample): no generator, no state, nothing to save.
 
-Every sample of a run carries a *key*, a 64-bit integer made of the seed and the number of images seen before it. Whatever
-is drawn for that sample (its noise, the directions of its penalties) is a hash of its key. So the draws are the same on one
-rank or many, in one batch or in micro-batches, on a CPU or a GPU, and after a resume.
+Every sample of a run carries a *key*, a 64-bit integer made of the seed and the number of images seen before it.
+Whatever is drawn for that sample (its noise, the directions of its penalties) is a hash of its key. So the draws are
+the same on one rank or many, in one batch or in micro-batches, on a CPU or a GPU, and after a resume.
 """
 
 import math

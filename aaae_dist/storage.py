@@ -1,7 +1,7 @@
 """Files on any fsspec filesystem: local paths, s3://, memory:// and the rest alike.
 
-A file appears whole or not at all, and whatever goes wrong is one line that names the URL. Credentials come from where the
-client library usually finds them (for s3:// the AWS variables and files) and are never part of a message.
+A file appears whole or not at all, and whatever goes wrong is one line that names the URL. Credentials come from where
+the client library usually finds them (for s3:// the AWS variables and files) and are never part of a message.
 """
 
 import errno
@@ -20,7 +20,10 @@ from fsspec.core import split_protocol
 from aaae_dist.errors import UserError
 
 # Whole-object requests with short time-outs; s3fs retries on top of these, and its defaults would wait 25 minutes.
-S3_OPTIONS = {"use_listings_cache": False, "config_kwargs": {"connect_timeout": 5, "read_timeout": 20, "retries": {"max_attempts": 2}}}
+S3_OPTIONS = {
+    "use_listings_cache": False,
+    "config_kwargs": {"connect_timeout": 5, "read_timeout": 20, "retries": {"max_attempts": 2}},
+}
 
 
 @functools.lru_cache(maxsize=64)
@@ -30,15 +33,16 @@ def filesystem(protocol: str, pid: int) -> fsspec.AbstractFileSystem:
     try:
         return fsspec.filesystem(protocol, **(S3_OPTIONS if protocol in ("s3", "s3a") else {}))
     except (ValueError, ImportError) as error:
-        raise UserError(f"{protocol}://: {one_line(error)}; install the package that provides it, or use another URL") from None
+        raise UserError(
+            f"{protocol}://: {one_line(error)}; install the package that provides it, or use another URL"
+        ) from None
 
 
 def locate(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """The filesystem of a URL and the path on it."""
     protocol = split_protocol(url)[0] or "file"
     found = filesystem(protocol, os.getpid())
-    path = found._strip_protocol(url)
-    return found, path if isinstance(path, str) else path[0]
+    return found, str(found._strip_protocol(url))
 
 
 def is_local(url: str) -> bool:
@@ -69,7 +73,12 @@ def reason(error: BaseException) -> str:
         return "the bucket does not exist; create it or correct the URL"
     if isinstance(error, FileNotFoundError):
         return "no such file; check the URL"
-    if name in ("EndpointConnectionError", "ConnectTimeoutError", "ReadTimeoutError", "ClientConnectorError") or isinstance(error, (ConnectionError, TimeoutError)):
+    if name in (
+        "EndpointConnectionError",
+        "ConnectTimeoutError",
+        "ReadTimeoutError",
+        "ClientConnectorError",
+    ) or isinstance(error, (ConnectionError, TimeoutError)):
         return "the store does not answer; check that it is up and that AWS_ENDPOINT_URL, if set, is right"
     if code in (errno.ENOSPC, errno.EDQUOT):
         return "no space left; free some, or choose another place"
@@ -85,7 +94,7 @@ def explained(url: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except Exception as error:  # client libraries raise classes of their own: all of them end here, as a UserError that names the cause
+    except Exception as error:  # client libraries raise classes of their own; all end here, and the cause is named
         raise UserError(f"{url}: {reason(error)}") from error
 
 
@@ -98,7 +107,9 @@ def exists(url: str) -> bool:
 def read(url: str) -> bytes:
     with explained(url):
         store, path = locate(url)
-        return store.cat_file(path)
+        data = store.cat_file(path)
+        assert isinstance(data, bytes)
+        return data
 
 
 def read_json(url: str) -> Any:
@@ -110,14 +121,20 @@ def read_json(url: str) -> Any:
 
 
 def listing(url: str) -> dict[str, int]:
-    """Names of the files and folders right below a URL with their sizes in bytes, sorted; none if there is no such folder."""
+    """Names of the files and folders right below a URL with their sizes in bytes, sorted; none if there is no such
+    folder.
+    """
     with explained(url):
         store, path = locate(url)
         try:
             found = store.ls(path, detail=True)
         except FileNotFoundError:
             return {}
-        sizes = {Path(entry["name"]).name: int(entry["size"] or 0) for entry in found if entry["name"].rstrip("/") != path.rstrip("/")}
+        sizes = {
+            Path(entry["name"]).name: int(entry["size"] or 0)
+            for entry in found
+            if entry["name"].rstrip("/") != path.rstrip("/")
+        }
         return dict(sorted(sizes.items()))
 
 

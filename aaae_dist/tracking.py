@@ -1,8 +1,8 @@
 """Metrics: metrics.jsonl in the run's folder always has everything; MLflow is told in the background.
 
-The journal is the queue: whatever MLflow has not got yet is read from the journal and the pictures of the run, and MLflow
-itself says how far it got. So an outage costs nothing, a resumed run goes on in the same MLflow run, and
-`aaae track sync RUN` is the same delivery, later.
+The journal is the queue: whatever MLflow has not got yet is read from the journal and the pictures of the run, and
+MLflow itself says how far it got. So an outage costs nothing, a resumed run goes on in the same MLflow run, and `aaae
+track sync RUN` is the same delivery, later.
 """
 
 import contextlib
@@ -47,7 +47,7 @@ class Journal:
     """metrics.jsonl: one JSON object a line, `images`, `time` (seconds since 1970), then `group/name: number`."""
 
     def __init__(self, run: str, *, images: int) -> None:
-        """Open the journal of a run that goes on from `images`; lines beyond it will be written again and are dropped."""
+        """Open the journal of a run that goes on from `images`; lines beyond are dropped, to be written again."""
         self.url = storage.join(run, "metrics.jsonl")
         data = storage.read(self.url) if storage.exists(self.url) else b""
         self.lines = [line for line in parse_lines(data) if line["images"] <= images]
@@ -56,7 +56,9 @@ class Journal:
         self.file = storage.local_path(self.url).open("ab") if storage.is_local(run) else None
 
     def write(self, images: int, metrics: Mapping[str, float]) -> None:
-        line = {"images": images, "time": round(time.time(), 3)} | {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        line = {"images": images, "time": round(time.time(), 3)} | {
+            name: value if math.isfinite(value) else None for name, value in metrics.items()
+        }
         self.lines.append(line)
         if self.file is None:
             if time.monotonic() - self.uploaded > UPLOAD_SECONDS:
@@ -87,11 +89,27 @@ def default_tracking_uri(run: str) -> str:
 def describe_code() -> dict[str, str]:
     """Tags that say what ran: git commit, versions, machine."""
     here = Path(__file__).resolve().parent
-    versions = {f"version.{name}": importlib.metadata.version(name) for name in ("aaae_dist", "torch", "accelerate", "webdataset", "mlflow", "numpy")}
+    versions = {
+        f"version.{name}": importlib.metadata.version(name)
+        for name in ("aaae_dist", "torch", "accelerate", "webdataset", "mlflow", "numpy")
+    }
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-        changed = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no"], cwd=here, capture_output=True, text=True, check=True, timeout=10).stdout
-        versions |= {"git.commit": commit, "mlflow.source.git.commit": commit, "git.changed": str(bool(changed)).lower()}
+        commit = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+        changed = subprocess.run(
+            ["git", "status", "--porcelain", "--untracked-files=no"],
+            cwd=here,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=10,
+        ).stdout
+        versions |= {
+            "git.commit": commit,
+            "mlflow.source.git.commit": commit,
+            "git.changed": str(bool(changed)).lower(),
+        }
     return versions | {"version.python": platform.python_version(), "host": platform.node()}
 
 
@@ -99,7 +117,12 @@ class Delivery:
     """Brings MLflow up to date with a run's folder. Every call of `deliver` sends what is missing, and only that."""
 
     def __init__(self, run: str, config: Config) -> None:
-        for name, value in {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}.items():
+        for name, value in {
+            "MLFLOW_DISABLE_TELEMETRY": "true",
+            "DO_NOT_TRACK": "true",
+            "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+            "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+        }.items():
             os.environ.setdefault(name, value)
         from mlflow.tracking import MlflowClient
 
@@ -114,7 +137,11 @@ class Delivery:
         place = storage.join(self.run, "mlflow_run_id")
         if not storage.exists(place):
             name = self.config.tracking.name or self.run.rstrip("/").rpartition("/")[2]
-            tags = describe_code() | {"mlflow.user": getpass.getuser(), "mlflow.source.name": "aaae train", "run": self.run}
+            tags = describe_code() | {
+                "mlflow.user": getpass.getuser(),
+                "mlflow.source.name": "aaae train",
+                "run": self.run,
+            }
             created = self.client.create_run(self.experiment(), run_name=name, tags=tags)
             storage.write(place, created.info.run_id.encode())
         self.run_id = storage.read(place).decode().strip()
@@ -123,7 +150,9 @@ class Delivery:
         self.pictures = {Path(found.path).name for found in self.client.list_artifacts(self.run_id, "samples")}
         self.client.update_run(self.run_id, status="RUNNING")
         for key, value in self.config.flat().items():
-            if key not in known.data.params:  # MLflow lets no parameter change: a resumed run's new config.toml says what did
+            if (
+                key not in known.data.params
+            ):  # MLflow lets no parameter change: a resumed run's new config.toml says what did
                 self.client.log_param(self.run_id, key, value)
         self.client.log_text(self.run_id, self.config.toml(), "config.toml")
 
@@ -131,7 +160,11 @@ class Delivery:
         name = self.config.tracking.experiment
         if found := self.client.get_experiment_by_name(name):
             return found.experiment_id
-        place = storage.local_path(self.run).parent.joinpath("mlartifacts", name).as_uri() if self.local and storage.is_local(self.run) else None
+        place = (
+            storage.local_path(self.run).parent.joinpath("mlartifacts", name).as_uri()
+            if self.local and storage.is_local(self.run)
+            else None
+        )
         try:
             return self.client.create_experiment(name, artifact_location=place)
         except Exception:
@@ -147,9 +180,14 @@ class Delivery:
             self.connect()
         for number in range(self.line + 1, len(lines) + 1):
             line = lines[number - 1]
-            values = {name: value for name, value in line.items() if name not in ("images", "time") and value is not None}
+            values = {
+                name: value for name, value in line.items() if name not in ("images", "time") and value is not None
+            }
             moment = int(line["time"] * 1000)
-            self.client.log_batch(self.run_id, [Metric(name, value, moment, line["images"]) for name, value in (values | {LINE: number}).items()])
+            self.client.log_batch(
+                self.run_id,
+                [Metric(name, value, moment, line["images"]) for name, value in (values | {LINE: number}).items()],
+            )
             self.line = number
         for name in storage.listing(storage.join(self.run, "samples")):
             if name.endswith(".png") and name not in self.pictures:
@@ -203,9 +241,16 @@ class Tracker:
                 if down:
                     log.warning("MLflow is back, and has everything")
                 down = False
-            except Exception as error:  # whatever MLflow and its database raise must not touch the training; it is reported
+            except (
+                Exception
+            ) as error:  # whatever MLflow and its database raise must not touch the training; it is reported
                 if not down:
-                    log.warning("MLflow is not reachable (%s); training goes on, metrics.jsonl has everything, and it is tried again every %.0f s", type(error).__name__, RETRY_SECONDS)
+                    log.warning(
+                        "MLflow is not reachable (%s); training goes on, metrics.jsonl has everything, and it is "
+                        "tried again every %.0f s",
+                        type(error).__name__,
+                        RETRY_SECONDS,
+                    )
                 down = True
                 if parting:
                     return
@@ -250,6 +295,8 @@ def sync(run: str) -> int:
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"MLflow ({type(error).__name__}): it does not take the run's metrics; check that the server of MLFLOW_TRACKING_URI is up, and try again") from error
+        raise UserError(
+            f"MLflow ({type(error).__name__}): it does not take the run's metrics; check that the server of "
+            "MLFLOW_TRACKING_URI is up, and try again"
+        ) from error
     return delivery.line
-

@@ -1,7 +1,6 @@
 """The loop: build -> resume -> step, average, log, evaluate, save, stop. Images seen are the only clock."""
 
 import logging
-import math
 import time
 from collections.abc import Iterator
 
@@ -18,30 +17,28 @@ from aaae_dist.data import Batch, Reader, stream, to_float
 from aaae_dist.errors import UserError
 from aaae_dist.evaluation import evaluate
 from aaae_dist.inference import overview
-from aaae_dist.metrics import RunningMoments, effective_rank, moments_of
+from aaae_dist.interval import Interval
 from aaae_dist.progress import Progress
 from aaae_dist.randomness import sample_keys
+from aaae_dist.schedule import averaging_rate, learning_rate
 from aaae_dist.stopping import StopRequest
 from aaae_dist.tracking import NoTracker, Tracker
 
 log = logging.getLogger(__name__)
 
 # Settings that may differ when a run goes on: they say how much and how often, not what is trained.
-MAY_CHANGE = ("logging.", "evaluation.", "checkpoint.", "tracking.", "data.workers", "data.cache", "data.bad_share", "training.images", "training.micro_batch_size", "training.patience")
-
-
-def learning_rate(training: Training, images: int) -> float:
-    """The share of the peak rates at this point: a linear warm-up, then half a cosine down to `final_rate`."""
-    if images < training.warmup:
-        return (images + training.batch_size) / (training.warmup + training.batch_size)
-    way = min((images - training.warmup) / max(training.images - training.warmup, 1), 1.0)
-    return training.final_rate + (1 - training.final_rate) * 0.5 * (1 + math.cos(math.pi * way))
-
-
-def averaging_rate(training: Training, images: int) -> float:
-    """How far the averages move to the weights after this step; their half-life grows with the run until it is full."""
-    half_life = min(training.average_half_life, images / 12)
-    return 1 - 0.5 ** (training.batch_size / half_life) if half_life > 0 else 1.0
+MAY_CHANGE = (
+    "logging.",
+    "evaluation.",
+    "checkpoint.",
+    "tracking.",
+    "data.workers",
+    "data.cache",
+    "data.bad_share",
+    "training.images",
+    "training.micro_batch_size",
+    "training.patience",
+)
 
 
 def micro_batch_size(training: Training, world: int) -> int:
@@ -53,9 +50,14 @@ def micro_batch_size(training: Training, world: int) -> int:
     share = training.batch_size // world
     micro = training.micro_batch_size or share
     if training.batch_size % world:
-        raise UserError(f"training.batch_size {training.batch_size}: not a multiple of the {world} ranks; choose one that is")
+        raise UserError(
+            f"training.batch_size {training.batch_size}: not a multiple of the {world} ranks; choose one that is"
+        )
     if share % micro:
-        raise UserError(f"training.micro_batch_size {micro}: does not divide the {share} images of a rank (training.batch_size {training.batch_size} over {world} ranks); choose a divisor")
+        raise UserError(
+            f"training.micro_batch_size {micro}: does not divide the {share} images of a rank (training.batch_size "
+            f"{training.batch_size} over {world} ranks); choose a divisor"
+        )
     return micro
 
 
@@ -66,7 +68,10 @@ def refuse_changes(config: Config, run: str) -> None:
     old, new = read_run_config(run).flat(), config.flat()
     for key, value in new.items():
         if old.get(key) != value and not key.startswith(MAY_CHANGE):
-            raise UserError(f"{key} {value!r}: the run in {run} was begun with {old.get(key)!r}; set it back, or choose another training.run")
+            raise UserError(
+                f"{key} {value!r}: the run in {run} was begun with {old.get(key)!r}; set it back, or choose another "
+                "training.run"
+            )
 
 
 class Trainer:
@@ -83,18 +88,26 @@ class Trainer:
         self.config, self.run, self.stop = config, training.run, stop
         self.micro = micro_batch_size(training, world)
         refuse_changes(config, self.run)
-        shape = {"channels": config.data.channels, "size": config.data.size}
-        self.readers = [Reader(config.data.url, split=split, **shape, bad_share=config.data.bad_share, cache=config.data.cache) for split in (config.data.split, config.data.held_out)]
+        self.readers = [Reader(config.data, split=split) for split in (config.data.split, config.data.held_out)]
         self.accumulation = training.batch_size // (self.micro * world)
-        self.accelerator = distributed.start(precision=training.precision, accumulation=self.accumulation, patience=training.patience)
+        self.accelerator = distributed.start(
+            precision=training.precision, accumulation=self.accumulation, patience=training.patience
+        )
         self.device = self.accelerator.device
 
         # The game, the averages behind it, and one optimizer with a group for each network.
         torch.manual_seed(training.seed)
         self.game: GenerativeAutoencoder = METHODS[config.model.method].build(config).to(self.device)
         self.average = self.game.average()
-        self.networks = {name: list(network.parameters()) for name, network in self.game.named_children() if any(True for _ in network.parameters())}
-        groups = [{"params": weights, "name": name, "lr": 0.0, "betas": getattr(config.optimizer, name).betas} for name, weights in self.networks.items()]
+        self.networks = {
+            name: list(network.parameters())
+            for name, network in self.game.named_children()
+            if any(True for _ in network.parameters())
+        }
+        groups = [
+            {"params": weights, "name": name, "lr": 0.0, "betas": getattr(config.optimizer, name).betas}
+            for name, weights in self.networks.items()
+        ]
         self.optimizer = torch.optim.Adam(groups, fused=True)
 
         self.images, self.epoch, self.position = 0, 0, 0
@@ -105,7 +118,7 @@ class Trainer:
         # What ranks agree on at every step: whether to stop, and whether the loss or a network's gradient is no number.
         self.agreed = torch.zeros(2 + len(self.networks), device=self.device)
         self.stopping = False
-        self.begin_interval()
+        self.interval = self.begin_interval()
 
     def train(self) -> None:
         """Train to the end, or until asked to stop; save either way.
@@ -144,19 +157,34 @@ class Trainer:
     def batches(self) -> Iterator[Batch]:
         """This rank's part of every batch from here on; the time waited for it is counted."""
         training, data = self.config.training, self.config.data
-        shape = {"batch_size": training.batch_size, "world": distributed.world(), "rank": distributed.rank(), "workers": data.workers}
-        source = stream(self.readers[0], seed=training.seed, lanes=data.lanes, window=data.window, **shape, epoch=self.epoch, position=self.position)
+        shape = {
+            "batch_size": training.batch_size,
+            "world": distributed.world(),
+            "rank": distributed.rank(),
+            "workers": data.workers,
+        }
+        source = stream(
+            self.readers[0],
+            seed=training.seed,
+            lanes=data.lanes,
+            window=data.window,
+            **shape,
+            epoch=self.epoch,
+            position=self.position,
+        )
         while True:
             began = time.perf_counter()
             batch = next(source)
-            self.waited += time.perf_counter() - began
+            self.interval.waited += time.perf_counter() - began
             yield batch
 
     def step(self, batch: Batch) -> None:
         """One optimizer step on one global batch."""
         self.heed()
         training = self.config.training
-        keys = sample_keys(training.seed, self.images + distributed.rank() * len(batch.images), len(batch.images), self.device)
+        keys = sample_keys(
+            training.seed, self.images + distributed.rank() * len(batch.images), len(batch.images), self.device
+        )
         pixels = batch.images.to(self.device, non_blocking=True)
         share = learning_rate(training, self.images)
         for group in self.optimizer.param_groups:
@@ -170,26 +198,35 @@ class Trainer:
             codes = turn.codes.to(moments.dtype)
             moments += torch.stack([codes.mean(0), codes.square().mean(0)]) / self.accumulation
             loss += turn.loss.detach() / self.accumulation
-            self.note(turn)
+            self.interval.add_forward(turn)
         norms = self.clip()
         self.optimizer.step()
         self.optimizer.zero_grad()
 
         # One small all-reduce: the codes' moments, a wish to stop, and numbers that are none.
         bad = ~torch.stack([loss.to(norms.dtype), *norms]).isfinite()
-        told = distributed.sum_over_ranks(torch.cat([moments.flatten() / distributed.world(), bad.new_tensor([self.stop.signal is not None]).to(moments.dtype), bad.to(moments.dtype)]))
+        told = distributed.sum_over_ranks(
+            torch.cat(
+                [
+                    moments.flatten() / distributed.world(),
+                    bad.new_tensor([self.stop.signal is not None]).to(moments.dtype),
+                    bad.to(moments.dtype),
+                ]
+            )
+        )
         self.game.observe(*told[: moments.numel()].view_as(moments), images=training.batch_size)
         self.agreed = told[moments.numel() :]
 
         self.images += training.batch_size
         self.epoch, self.position = batch.epoch, batch.position
         self.average.follow(self.game, rate=averaging_rate(training, self.images))
-        self.norms += norms
-        self.steps += 1
+        self.interval.add_step(norms)
         self.progress.advance(self.images)
 
     def clip(self) -> Float[Tensor, " network"]:
-        """The gradient norm of every network; each network's gradient is scaled down to `optimizer.clip` if that is set."""
+        """The gradient norm of every network; each network's gradient is scaled down to `optimizer.clip` if that is
+        set.
+        """
         limit, norms = self.config.optimizer.clip, []
         for weights in self.networks.values():
             gradients = [weight.grad for weight in weights if weight.grad is not None]
@@ -199,7 +236,8 @@ class Trainer:
         return torch.stack(norms)
 
     def heed(self) -> None:
-        """Act on what the ranks agreed on after the last step. Read one step late, so that the host never waits for a device at work.
+        """Act on what the ranks agreed on after the last step. Read one step late, so that the host never waits for a
+        device at work.
 
         Raises:
             UserError: the loss or a gradient is not a number. The weights are lost, the checkpoints are not.
@@ -207,44 +245,27 @@ class Trainer:
         stop, *bad = self.agreed.tolist()
         self.stopping = self.stopping or stop > 0
         if any(bad):
-            what = ["the loss", *(f"the gradient of {name}" for name in self.networks)][[value > 0 for value in bad].index(True)]
-            raise UserError(f"{self.run}: {what} is not finite after {self.images:,} images, so training stopped; the last checkpoint is untouched: lower the learning rates or raise the penalties")
+            what = ["the loss", *(f"the gradient of {name}" for name in self.networks)][
+                [value > 0 for value in bad].index(True)
+            ]
+            raise UserError(
+                f"{self.run}: {what} is not finite after {self.images:,} images, so training stopped; the last "
+                "checkpoint is untouched: lower the learning rates or raise the penalties"
+            )
 
-    def begin_interval(self) -> None:
-        """Empty the running sums of the log, which stay on the device."""
-        self.report: dict[str, Tensor] = {}
-        self.norms = torch.zeros(len(self.networks), device=self.device)
-        self.codes = RunningMoments(self.game.moments.shape[1], self.device)
-        self.steps, self.waited, self.began = 0, 0.0, time.perf_counter()
-
-    def note(self, turn: Turn) -> None:
-        """Add one forward's report to the running sums."""
-        values = torch.stack(list(turn.report.values())).double() / self.accumulation
-        self.report = {"values": self.report["values"] + values} if self.report else {"values": values}
-        self.names = list(turn.report)
-        self.codes.add(turn.codes)
+    def begin_interval(self) -> Interval:
+        return Interval(list(self.networks), code_size=self.game.moments.shape[1], device=self.device)
 
     def log(self) -> None:
-        """Means over the interval and over all ranks, by one all-reduce and one copy to the host."""
+        """Report the interval that ends here."""
         self.heed()
-        values = self.report["values"]
-        sums = torch.cat([values, self.norms.double(), values.new_tensor([self.waited]), self.codes.sums])
-        sums = distributed.sum_over_ranks(sums).cpu()
-        means = iter((sums / (self.steps * distributed.world())).tolist())
-        elapsed, moments = time.perf_counter() - self.began, moments_of(sums[-len(self.codes.sums) :], self.codes.size)
-        metrics = {name: next(means) for name in self.names}
-        metrics |= {f"gradient_norm/{name}": next(means) for name in self.networks}
-        metrics |= {
-            "codes/rms": (moments.covariance.diagonal() + moments.mean.square()).mean().sqrt().item(),
-            "codes/effective_rank": effective_rank(moments.covariance),
-            "speed/images_per_second": self.steps * self.config.training.batch_size / elapsed,
-            "speed/data_wait_seconds": next(means) * self.steps,
-            "data/bad_samples": float(sum(len(reader.bad) for reader in self.readers)),
-        }
+        bad = sum(len(reader.bad) for reader in self.readers)
+        metrics = self.interval.means(batch_size=self.config.training.batch_size, bad_samples=bad)
         metrics |= {f"learning_rate/{group['name']}": group["lr"] for group in self.optimizer.param_groups}
         self.tracker.log(self.images, metrics)
-        self.progress.say(self.images, {name: metrics[name] for name in ("reconstruction/mse", "speed/images_per_second")})
-        self.begin_interval()
+        shown = ("reconstruction/mse", "speed/images_per_second")
+        self.progress.say(self.images, {name: metrics[name] for name in shown})
+        self.interval = self.begin_interval()
 
     def draw(self) -> None:
         """A picture of samples of fixed noise and of fixed reconstructions. No collectives: rank 0 draws."""
@@ -256,10 +277,19 @@ class Trainer:
         """Judge the averaged networks, on all ranks."""
         began, (train, held_out) = time.perf_counter(), self.readers
         chosen = self.config.evaluation
-        metrics = dict(evaluate(self.average, train=train, held_out=held_out, samples=chosen.samples, batch_size=chosen.batch_size, workers=self.config.data.workers))
+        metrics = dict(
+            evaluate(
+                self.average,
+                train=train,
+                held_out=held_out,
+                samples=chosen.samples,
+                batch_size=chosen.batch_size,
+                workers=self.config.data.workers,
+            )
+        )
         self.tracker.log(self.images, metrics)
         self.progress.say(self.images, metrics)
-        self.began += time.perf_counter() - began  # the interval's images per second are training's
+        self.interval.began += time.perf_counter() - began  # the interval's images per second are training's
 
     def save(self) -> None:
         """Save a checkpoint, on rank 0; every rank learns whether that went well.
@@ -271,11 +301,23 @@ class Trainer:
         problem = ""
         if distributed.rank() == 0:
             slots = self.optimizer.state
-            moments = {f"{name}.{slot}": value for name, weight in self.game.named_parameters() for slot, value in slots[weight].items()}
+            moments = {
+                f"{name}.{slot}": value
+                for name, weight in self.game.named_parameters()
+                for slot, value in slots[weight].items()
+            }
             tensors = {"game": self.game.state_dict(), "average": self.average.state_dict(), "optimizer": moments}
-            progress = {"images": self.images, "epoch": self.epoch, "position": self.position, "data": self.readers[0].fingerprint, "world": distributed.world()}
+            progress = {
+                "images": self.images,
+                "epoch": self.epoch,
+                "position": self.position,
+                "data": self.readers[0].fingerprint,
+                "world": distributed.world(),
+            }
             try:
-                checkpoint.save(self.run, self.images, tensors=tensors, progress=progress, keep=self.config.checkpoint.keep)
+                checkpoint.save(
+                    self.run, self.images, tensors=tensors, progress=progress, keep=self.config.checkpoint.keep
+                )
             except UserError as error:
                 problem = str(error)
         if problem := distributed.from_rank_0(problem):
@@ -290,11 +332,17 @@ class Trainer:
         saved = checkpoint.newest(self.run)
         images = saved.progress["images"] if saved else 0
         if distributed.from_rank_0(images) != images:
-            raise UserError(f"{self.run}: rank {distributed.rank()} sees a checkpoint of {images} images, rank 0 another; put training.run where all nodes see it")
+            raise UserError(
+                f"{self.run}: rank {distributed.rank()} sees a checkpoint of {images} images, rank 0 another; put "
+                "training.run where all nodes see it"
+            )
         if saved is None:
             return
         if saved.progress["data"] != self.readers[0].fingerprint:
-            raise UserError(f"{self.config.data.url}: not the data set that {self.run} was trained on, its shards differ; bring that back, or choose another training.run")
+            raise UserError(
+                f"{self.config.data.url}: not the data set that {self.run} was trained on, its shards differ; bring "
+                "that back, or choose another training.run"
+            )
         self.game.load_state_dict(saved.tensors["game"])
         self.average.load_state_dict(saved.tensors["average"])
         for name, weight in self.game.named_parameters():
