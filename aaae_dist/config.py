@@ -121,7 +121,7 @@ class Optimizer(Section):
 
 class Training(Section):
     run: str
-    """The run's folder, or any fsspec URL, for metrics, checkpoints and pictures; the same command again continues it."""
+    """Folder (or fsspec URL) of metrics, checkpoints and pictures; the same command again continues the run."""
     images: Count
     """Images to train on, over all ranks: the only clock. Rounded up to whole batches."""
     batch_size: Count
@@ -137,7 +137,7 @@ class Training(Section):
     final_rate: Annotated[float, Field(ge=0, le=1)] = 0.05
     """Share of the peak learning rates that the cosine ends at."""
     average_half_life: NotNegative = 9_000.0
-    """Half-life, in images, of the averaged weights, which are evaluated; at most a twelfth of the images seen; 0: off."""
+    """Half-life, in images, of the averaged weights that are judged; at most a twelfth of the images seen; 0: off."""
     patience: Positive = 180.0
     """Seconds that a rank waits for the others before it gives up."""
 

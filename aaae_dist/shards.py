@@ -6,7 +6,6 @@ A prepared data set is a folder (any fsspec URL) of plain webdataset tars, `trai
 
 import hashlib
 import io
-import tarfile
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -184,7 +183,7 @@ def prepare(
 def pack(source: Source, chosen: Sequence[int], *, size: int, channels: int, quality: int) -> tuple[bytes, list[int]]:
     """A shard of these images as a webdataset tar, and the numbers of those that cannot be read."""
     file, bad = io.BytesIO(), []
-    with webdataset.TarWriter(file, encoder=False, mtime=0, format=tarfile.PAX_FORMAT) as tar:
+    with webdataset.TarWriter(file, encoder=False, mtime=0, format="PAX_FORMAT") as tar:
         for i in chosen:
             example = source.example(i)
             if example is None:

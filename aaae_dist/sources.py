@@ -50,7 +50,7 @@ def digits(folder: str) -> Source:
 
 
 def mnist(folder: str) -> Source:
-    """The official idx files, gzipped or not: train- and t10k-images-idx3-ubyte with their labels, or one of the two."""
+    """The official idx files, gzipped or not: train- and t10k-images-idx3-ubyte with labels, or one of the two."""
     if not folder:
         raise UserError("aaae prepare mnist: give the folder (or fsspec URL) that holds the official files")
     parts = []
