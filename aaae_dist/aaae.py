@@ -5,7 +5,7 @@ own loss. The mathematics is in `play`; who plays whom is in `AAAE.forward`.
 """
 
 import copy
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -203,7 +203,7 @@ class AAAE(GenerativeAutoencoder):
         refuse_coupled("image_critic", image_critic, gaussian(keys, image_shape, stream=IMAGE_DIRECTIONS, dtype=dtype))
 
     @classmethod
-    def build(cls, config: Config) -> Self:
+    def build(cls, config: Config) -> "AAAE":
         """Fresh networks; their weights come from torch's global generator."""
         model, shape = config.model, (config.data.channels, config.data.size, config.model.width)
         architecture, latent = (

@@ -1,42 +1,88 @@
 """The command line of `aaae`: its verbs, their arguments, and help that teaches."""
 
 import argparse
-from typing import Any
+import difflib
+import json
+from collections.abc import Callable
+from typing import Any, Literal, NoReturn, get_args, get_origin
 
-from aaae_dist.config import documentation
+from aaae_dist.config import settings
+from aaae_dist.errors import UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """An argparse parser whose complaints are one line, like all others, and name the help of the verb at hand."""
+
+    hint = ""  # what to tell of an option that is none
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see `{self.prog} --help`")
+
+    def parse_known_args(self, *arguments: Any, **options: Any) -> Any:
+        """Refuse what is left over here, not in the parser above, which does not know the verb."""
+        namespace, unknown = super().parse_known_args(*arguments, **options)
+        if unknown:
+            known = [option for action in self._actions for option in action.option_strings]
+            near = difflib.get_close_matches(unknown[0].partition("=")[0], known, n=1)
+            what = "option" if unknown[0].startswith("-") else "argument"
+            self.error(f"{unknown[0]}: unknown {what}" + (f"; did you mean {near[0]}?" if near else self.hint))
+        return namespace, unknown
+
+
+def whole(least: int, most: int = 10**12) -> Callable[[str], int]:
+    """The type of an argument that is a whole number in this range."""
+
+    def parse(text: str) -> int:
+        try:
+            if least <= (value := int(text)) <= most:
+                return value
+        except ValueError:
+            pass
+        raise argparse.ArgumentTypeError(f"{text}: must be a whole number from {least} to {most}")
+
+    return parse
 
 
 def settings_help() -> str:
-    """Every setting with its sentence, for `aaae train --help`."""
-    lines, section = (
-        ["settings (in TOML files as [section] key = value, on the command line as section.key=value):"],
-        "",
-    )
-    for name, sentence in documentation().items():
+    """Every setting with its default and its sentence, for `aaae train --help`."""
+    lines = [
+        "settings, in TOML files as [section] key = value, on the command line as section.key=value",
+        "(those with ... must be set, the others have these defaults):",
+    ]
+    section = ""
+    for name, (sentence, kind, default) in settings().items():
         if name.partition(".")[0] != section:
             section = name.partition(".")[0]
             lines.append("")
-        lines.append(f"  {name:<38} {sentence}")
+        choices = " or ".join(map(json.dumps, get_args(kind))) if get_origin(kind) is Literal else ""
+        lines.append(
+            f"  {name} = {'...' if default is None else json.dumps(default)}" + f"  ({choices})" * bool(choices)
+        )
+        lines.append(f"      {sentence}")
     return "\n".join(lines)
 
 
-def positive(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: must be at least 1")
-    return value
+def argument(*names: str, **options: Any) -> Callable[[Parser], Any]:
+    """An argument, to be added to the verbs that take it."""
+    return lambda made: made.add_argument(*names, **options)
 
 
-def not_negative(text: str) -> int:
-    if (value := int(text)) < 0:
-        raise argparse.ArgumentTypeError(f"{text}: must be at least 0")
-    return value
+RUN = argument("run", metavar="RUN", help="folder of a training (its training.run), or any fsspec URL")
+CHECKPOINT = argument(
+    "--checkpoint",
+    default="",
+    metavar="NAME",
+    help="a folder below RUN/checkpoints; default: the newest undamaged",
+)
+SEED = whole(0, 2**63 - 1)
 
 
-def parser() -> argparse.ArgumentParser:
-    raw = argparse.RawDescriptionHelpFormatter
-    top = argparse.ArgumentParser(
+def parser() -> Parser:
+    """All verbs; what was chosen is `command`, such as "shards read"."""
+    top = Parser(
         prog="aaae",
-        formatter_class=raw,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
         description="Train the Adversarially Approximated Autoencoder, and use it.",
         epilog="""a first session:
   aaae prepare digits --out store/digits        real handwritten digits as webdataset shards
@@ -47,173 +93,177 @@ def parser() -> argparse.ArgumentParser:
     )
     verbs = top.add_subparsers(required=True, metavar="COMMAND")
 
-    def verb(command: str, summary: str, *, example: str, among: Any = verbs) -> argparse.ArgumentParser:
+    def verb(
+        command: str, summary: str, *arguments: Callable[[Parser], Any], example: str, among: Any = verbs
+    ) -> Parser:
         made = among.add_parser(
             command.split()[-1],
             help=summary,
             description=summary,
-            formatter_class=raw,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
             epilog=f"example:\n  {example}",
         )
         made.set_defaults(command=command)
+        for add in arguments:
+            add(made)
         return made
 
-    def of_run(made: argparse.ArgumentParser) -> argparse.ArgumentParser:
-        made.add_argument("run", metavar="RUN", help="folder of a training (its training.run), or any fsspec URL")
-        return made
+    def group(name: str, summary: str, *, example: str) -> Any:
+        return verb(name, summary, example=example).add_subparsers(required=True, metavar="COMMAND")
 
-    def of_checkpoint(made: argparse.ArgumentParser) -> argparse.ArgumentParser:
-        made.add_argument(
-            "--checkpoint",
-            default="",
-            metavar="NAME",
-            help="a folder below RUN/checkpoints; default: the newest undamaged",
-        )
-        return made
-
-    made = verb(
+    verb(
         "prepare",
         "Write images as webdataset shards with an index.",
+        argument(
+            "source",
+            metavar="SOURCE",
+            choices=("digits", "mnist", "folder"),
+            help="digits: scikit-learn's 1,797 digits; mnist: the official idx files in FOLDER; folder: image files "
+            "below FOLDER, sub-folders are classes",
+        ),
+        argument(
+            "folder",
+            nargs="?",
+            default="",
+            metavar="FOLDER",
+            help="where the source's files are: a folder or any fsspec URL",
+        ),
+        argument(
+            "--out",
+            required=True,
+            metavar="URL",
+            help="where to write: a new folder or any fsspec URL; index.json comes last",
+        ),
+        argument(
+            "--size",
+            type=whole(1, 4_096),
+            default=0,
+            metavar="N",
+            help="pixels of a side; default: 8 for digits, 32 for mnist (bordered), 64 for a folder (short side "
+            "resized, middle cut out)",
+        ),
+        argument(
+            "--channels",
+            type=int,
+            choices=(1, 3),
+            default=0,
+            help="1 (grey) or 3 (RGB); default: 1 for digits and mnist, 3 for a folder",
+        ),
+        argument(
+            "--held-out",
+            type=whole(1),
+            metavar="N",
+            help="images held out as split `test` where the source has no official one; default: a tenth",
+        ),
+        argument(
+            "--samples-per-shard",
+            type=whole(1),
+            default=1000,
+            metavar="N",
+            help="default: 1000; aim at shards of 50 to 250 MB for an object store",
+        ),
+        argument("--seed", type=SEED, default=0, metavar="N", help="of the shuffle before sharding; default: 0"),
+        argument(
+            "--quality",
+            type=whole(0, 100),
+            default=0,
+            metavar="N",
+            help="of JPEG, up to 100; 0: PNG, lossless; default: 0 (95 suits photographs)",
+        ),
         example="aaae prepare folder photos/ --size 64 --quality 95 --out s3://bucket/photos",
-    )
-    made.add_argument(
-        "source",
-        choices=("digits", "mnist", "folder"),
-        help="digits: scikit-learn's 1,797 digits; mnist: the official idx files in FOLDER; folder: "
-        "image files below FOLDER, sub-folders are classes",
-    )
-    made.add_argument(
-        "folder",
-        nargs="?",
-        default="",
-        metavar="FOLDER",
-        help="where the source's files are: a folder or any fsspec URL",
-    )
-    made.add_argument(
-        "--out",
-        required=True,
-        metavar="URL",
-        help="where to write: a new folder or any fsspec URL; index.json comes last",
-    )
-    made.add_argument(
-        "--size",
-        type=positive,
-        default=0,
-        help="pixels of a side; default: 8 for digits, 32 for mnist (bordered), 64 for a folder "
-        "(short side resized, middle cut out)",
-    )
-    made.add_argument(
-        "--channels",
-        type=int,
-        choices=(1, 3),
-        default=0,
-        help="1 (grey) or 3 (RGB); default: 1 for digits and mnist, 3 for a folder",
-    )
-    made.add_argument(
-        "--held-out",
-        type=not_negative,
-        metavar="N",
-        help="images held out as split `test` where the source has no official one; default: a tenth",
-    )
-    made.add_argument(
-        "--samples-per-shard",
-        type=positive,
-        default=1000,
-        metavar="N",
-        help="default: 1000; aim at shards of 50 to 250 MB for an object store",
-    )
-    made.add_argument("--seed", type=not_negative, default=0, help="of the shuffle before sharding; default: 0")
-    made.add_argument(
-        "--quality",
-        type=int,
-        default=0,
-        choices=range(101),
-        metavar="0..100",
-        help="of JPEG; 0: PNG, lossless; default: 0 (95 suits photographs)",
     )
 
     made = verb(
         "train",
         "Train, or continue: the same command again goes on from the newest checkpoint.",
+        argument(
+            "config",
+            nargs="+",
+            metavar="CONFIG",
+            help="TOML files (any fsspec URL) and section.key=value overrides, merged left to right",
+        ),
         example="aaae train configs/digits.toml training.run=runs/second training.seed=1",
     )
     made.epilog = f"{made.epilog}\n\n{settings_help()}"
-    made.add_argument(
-        "config", nargs="+", metavar="CONFIG", help="TOML files and section.key=value overrides, merged left to right"
+    made.hint = "; settings are given as section.key=value, without dashes"
+
+    verb(
+        "evaluate",
+        "Judge the averaged networks of a checkpoint.",
+        RUN,
+        CHECKPOINT,
+        argument("--json", action="store_true", help="one JSON object on stdout"),
+        example="aaae evaluate runs/digits --json",
+    )
+    verb(
+        "sample",
+        "Draw images from the averaged networks of a checkpoint.",
+        RUN,
+        CHECKPOINT,
+        argument("--count", type=whole(1), default=100, metavar="N", help="default: 100"),
+        argument(
+            "--seed",
+            type=SEED,
+            default=0,
+            metavar="N",
+            help="sample i depends on the seed and i alone; default: 0",
+        ),
+        argument(
+            "--out", required=True, metavar="FILE", help=".png: a grid; .npz: array `images`, uint8, N x H x W x C"
+        ),
+        example="aaae sample runs/digits --count 5000 --out samples.npz",
+    )
+    verb(
+        "reconstruct",
+        "Encode images and decode them again.",
+        RUN,
+        CHECKPOINT,
+        argument(
+            "images", nargs="+", metavar="IMAGE", help="image files or URLs of them, resized to the networks' size"
+        ),
+        argument(
+            "--out",
+            required=True,
+            metavar="FILE",
+            help=".png: originals above reconstructions; .npz: array `images`, uint8, N x H x W x C",
+        ),
+        example="aaae reconstruct runs/digits a.png b.png --out pairs.png",
     )
 
-    made = of_checkpoint(
-        of_run(
-            verb(
-                "evaluate",
-                "Judge the averaged networks of a checkpoint.",
-                example="aaae evaluate runs/digits --json",
-            )
-        )
-    )
-    made.add_argument("--json", action="store_true", help="one JSON object on stdout")
-
-    made = of_checkpoint(
-        of_run(verb("sample", "Draw images.", example="aaae sample runs/digits --count 5000 --out samples.npz"))
-    )
-    made.add_argument("--count", type=positive, default=100, metavar="N", help="default: 100")
-    made.add_argument(
-        "--seed", type=not_negative, default=0, help="sample i depends on the seed and i alone; default: 0"
-    )
-    made.add_argument(
-        "--out", required=True, metavar="FILE", help=".png: a grid; .npz: array `images`, uint8, N x H x W x C"
+    sync = "MLFLOW_TRACKING_URI=http://mlflow:5000 aaae track sync runs/digits"
+    verb(
+        "track sync",
+        "Deliver to MLflow what it missed of a run.",
+        RUN,
+        example=sync,
+        among=group("track", "Metrics and MLflow.", example=sync),
     )
 
-    made = of_checkpoint(
-        of_run(
-            verb(
-                "reconstruct",
-                "Encode images and decode them again.",
-                example="aaae reconstruct runs/digits a.png b.png --out pairs.png",
-            )
-        )
-    )
-    made.add_argument("images", nargs="+", metavar="IMAGE", help="image files, resized to the networks' size")
-    made.add_argument(
-        "--out",
-        required=True,
-        metavar="FILE",
-        help=".png: originals above reconstructions; .npz: array `images`, uint8, N x H x W x C",
-    )
-
-    below = verbs.add_parser("track", help="Metrics and MLflow.").add_subparsers(required=True, metavar="COMMAND")
-    of_run(
-        verb(
-            "track sync",
-            "Deliver to MLflow what it missed of a run.",
-            among=below,
-            example="MLFLOW_TRACKING_URI=http://mlflow:5000 aaae track sync runs/digits",
-        )
-    )
-
-    below = verbs.add_parser("shards", help="Prepared data sets.").add_subparsers(required=True, metavar="COMMAND")
-    made = verb(
+    read = "aaae shards read store/digits --world 2 --rank 1 --batch-size 64 --count 3"
+    verb(
         "shards read",
         "Print the keys that a rank reads, one JSON object a batch.",
-        among=below,
-        example="aaae shards read store/digits --world 2 --rank 1 --workers 0 --batch-size 64 --count 3",
+        argument("url", metavar="URL", help="a prepared data set"),
+        argument("--split", default="train", help="default: train"),
+        argument("--world", type=whole(1), default=1, metavar="N", help="ranks; default: 1"),
+        argument("--rank", type=whole(0), default=0, metavar="N", help="counted from 0; default: 0"),
+        argument(
+            "--workers",
+            type=whole(0, 256),
+            default=0,
+            metavar="N",
+            help="threads that read ahead; the order does not depend on it; default: 0",
+        ),
+        argument("--batch-size", type=whole(1), required=True, metavar="N", help="of the global batch, over all ranks"),
+        argument(
+            "--start", type=whole(0), default=0, metavar="P", help="first batch, counted over all epochs; default: 0"
+        ),
+        argument("--count", type=whole(1), default=10, metavar="C", help="batches; default: 10"),
+        argument("--seed", type=SEED, default=0, metavar="N", help="as training.seed; default: 0"),
+        argument("--lanes", type=whole(1, 65_536), default=16, metavar="N", help="as data.lanes; default: 16"),
+        argument("--window", type=whole(1), default=4096, metavar="N", help="as data.window; default: 4096"),
+        example=read,
+        among=group("shards", "Prepared data sets.", example=read),
     )
-    made.add_argument("url", metavar="URL", help="a prepared data set")
-    made.add_argument("--split", default="train", help="default: train")
-    made.add_argument("--world", type=positive, default=1, help="ranks; default: 1")
-    made.add_argument("--rank", type=not_negative, default=0, help="default: 0")
-    made.add_argument(
-        "--workers",
-        type=not_negative,
-        default=0,
-        help="threads that read ahead; the order does not depend on it; default: 0",
-    )
-    made.add_argument("--batch-size", type=positive, required=True, help="of the global batch, over all ranks")
-    made.add_argument(
-        "--start", type=not_negative, default=0, metavar="P", help="first batch, counted over all epochs; default: 0"
-    )
-    made.add_argument("--count", type=positive, default=10, metavar="C", help="batches; default: 10")
-    made.add_argument("--seed", type=not_negative, default=0, help="default: 0")
-    made.add_argument("--lanes", type=positive, default=16, help="as data.lanes; default: 16")
-    made.add_argument("--window", type=positive, default=4096, help="as data.window; default: 4096")
     return top

@@ -1,7 +1,5 @@
 """Other autoencoders behind the same interface as AAAE, so that the same loop trains them all."""
 
-from typing import Self
-
 from torch import nn
 
 from aaae_dist.aaae import AAAE, GenerativeAutoencoder, Turn
@@ -20,7 +18,7 @@ class Autoencoder(GenerativeAutoencoder):
     objective: Objective
 
     @classmethod
-    def build(cls, config: Config) -> Self:
+    def build(cls, config: Config) -> "Autoencoder":
         """Encoder and decoder of the same size as AAAE's; noise is as wide as the codes."""
         shape, code_size = (config.data.channels, config.data.size, config.model.width), config.model.code_size
         architecture = ARCHITECTURES[config.model.architecture]

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import safetensors.torch
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
 from aaae_dist import storage
 from aaae_dist.aaae import GenerativeAutoencoder
@@ -104,14 +104,17 @@ def read(run: str, name: str, *, parts: tuple[str, ...] = ("game", "average", "o
     for file in (*(f"{part}.safetensors" for part in parts), PROGRESS):
         data = storage.read(storage.join(place, file))
         try:
-            expected = manifest["files"][file]
-            if len(data) != expected["bytes"] or hashlib.sha256(data).hexdigest() != expected["sha256"]:
+            listed = manifest["files"][file]
+            if (listed["bytes"], listed["sha256"]) != (len(data), hashlib.sha256(data).hexdigest()):
                 raise UserError(f"{storage.join(place, file)}: damaged, its bytes are not those that were saved")
+        except (KeyError, TypeError):
+            raise UserError(f"{storage.join(place, MANIFEST)}: damaged, it does not say what {file} must be") from None
+        try:
             if file == PROGRESS:
                 progress = json.loads(data)
             else:
                 tensors[file.removesuffix(".safetensors")] = safetensors.torch.load(data)
-        except (KeyError, TypeError, ValueError, SafetensorError) as error:
+        except (ValueError, SafetensorError) as error:
             raise UserError(f"{storage.join(place, file)}: not of this format ({storage.one_line(error)})") from None
     return Saved(name, tensors, progress)
 
@@ -122,17 +125,44 @@ def newest(run: str, *, parts: tuple[str, ...] = ("game", "average", "optimizer"
     Raises:
         UserError: there are checkpoints, but all are damaged: training on from nothing would bury that.
     """
-    names = complete(run)
-    for name in reversed(names):
+    problems: dict[str, UserError] = {}
+    for name in reversed(complete(run)):
         try:
-            return read(run, name, parts=parts)
+            saved = read(run, name, parts=parts)
         except UserError as error:
-            log.warning("checkpoint %s is passed over: %s", name, error)
-    if names:
+            problems[name] = error
+            continue
+        for damaged, problem in problems.items():
+            log.warning("checkpoint %s is passed over: %s", damaged, problem)
+        return saved
+    if problems:
         raise UserError(
-            f"{folder(run)}: all {len(names)} checkpoints are damaged; restore one, or remove the folder to start anew"
+            f"{folder(run)}: all {len(problems)} checkpoints are damaged; restore one, or remove the folder to start "
+            f"anew (the newest: {next(iter(problems.values()))})"
         )
     return None
+
+
+def discard_after(run: str, name: str) -> None:
+    """Take the marker from the checkpoints after this one, which training goes on from: they will be saved anew."""
+    for later in complete(run):
+        if later > name:
+            storage.remove(storage.join(folder(run), later, COMPLETE))
+
+
+def fill(module: nn.Module, tensors: Mapping[str, Tensor], *, run: str) -> None:
+    """Load tensors by name.
+
+    Raises:
+        UserError: they are those of other networks.
+    """
+    try:
+        module.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise UserError(
+            f"{run}: its checkpoint is one of other networks than its config.toml says "
+            f"({storage.one_line(error)[:200]}); was that edited? set it back"
+        ) from None
 
 
 def read_run_config(run: str) -> Config:
@@ -148,8 +178,7 @@ def read_run_config(run: str) -> Config:
 
 
 def load_average(run: str, *, name: str = "") -> tuple[GenerativeAutoencoder, Config, str]:
-    """The averaged networks of a checkpoint (default: the newest undamaged), the run's configuration, the checkpoint's
-    name.
+    """The averaged networks of a checkpoint (default: the newest undamaged), the run's settings, the checkpoint's name.
 
     Raises:
         UserError: there is no run or no such checkpoint, or it is damaged.
@@ -164,5 +193,5 @@ def load_average(run: str, *, name: str = "") -> tuple[GenerativeAutoencoder, Co
             f"{config.checkpoint.every} images"
         )
     model = METHODS[config.model.method].build(config).average()
-    model.load_state_dict(saved.tensors["average"])
+    fill(model, saved.tensors["average"], run=run)
     return model, config, saved.name

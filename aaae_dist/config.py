@@ -1,22 +1,43 @@
 """Settings: frozen sections with a sentence for every key, read from TOML files merged left to right plus overrides."""
 
+import contextlib
 import difflib
 import functools
+import json
 import tomllib
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, NamedTuple
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
+from aaae_dist import storage
 from aaae_dist.errors import UserError
 
-Count = Annotated[int, Field(ge=1)]
-Interval = Annotated[int, Field(ge=0)]
+
+def whole_stride(share: float) -> float:
+    if abs(1 / share - round(1 / share)) > 0.02:
+        raise ValueError("must be 1 over a whole number, such as 1.0, 0.5, 0.25")
+    return share
+
+
+def safe_precision(precision: str) -> str:
+    if precision not in ("no", "bf16"):
+        raise ValueError(
+            'must be "no" or "bf16"; in float16 exp(margin), the ratio between the gradients of an opponent and its '
+            "critic, overflows"
+        )
+    return precision
+
+
+# The upper limits are far beyond use: they turn a slip of the hand into one line instead of an overflow deep below.
+Count = Annotated[int, Field(ge=1, lt=10**12)]  # twelve digits: checkpoints are named and sorted so
+Interval = Annotated[int, Field(ge=0, lt=10**12)]
+Size = Annotated[int, Field(ge=1, le=65_536)]
+Text = Annotated[str, Field(min_length=1)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
-Share = Annotated[float, Field(gt=0, le=1)]
+Share = Annotated[float, Field(gt=0, le=1), AfterValidator(whole_stride)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -27,19 +48,19 @@ class Section(BaseModel):
 
 
 class Data(Section):
-    url: str
+    url: Text
     """Where the shards and their index.json are: a folder or any fsspec URL, as given to `aaae prepare --out`."""
-    split: str = "train"
+    split: Text = "train"
     """The split that is trained on."""
-    held_out: str = "test"
+    held_out: Text = "test"
     """The split that evaluation reconstructs."""
     channels: Literal[1, 3]
     """Channels of the images: 1 (grey) or 3 (RGB). Must be what the index says."""
-    size: Count
+    size: Annotated[int, Field(ge=1, le=4_096)]
     """Height and width of the images in pixels. Must be what the index says."""
-    workers: Annotated[int, Field(ge=0)] = 2
+    workers: Annotated[int, Field(ge=0, le=256)] = 2
     """Threads per process that fetch and decode ahead; 0 does it in the step. The order does not depend on it."""
-    lanes: Count = 16
+    lanes: Size = 16
     """Places of the data set that every batch is gathered from. A part of the order: keep it to continue a run."""
     window: Count = 4096
     """Samples that are shuffled among each other within a lane. A part of the order: keep it to continue a run."""
@@ -54,15 +75,15 @@ class Model(Section):
     """What is trained: the AAAE, or a plain autoencoder to compare with."""
     architecture: Literal["dcgan", "mlp"] = "dcgan"
     """Family of the encoder, decoder and image critic."""
-    width: Count
+    width: Size
     """Channels after the first halving (dcgan), or units of a hidden layer (mlp)."""
-    code_size: Count
+    code_size: Size
     """Numbers in a code."""
-    noise_size: Count
+    noise_size: Size
     """Numbers in the latent generator's noise; at least the codes' intrinsic dimension."""
-    latent_width: Count = 256
+    latent_width: Size = 256
     """Units of a hidden layer of the latent generator and the latent critic."""
-    latent_depth: Count = 3
+    latent_depth: Annotated[int, Field(ge=1, le=1_000)] = 3
     """Hidden layers of the latent generator and the latent critic."""
 
 
@@ -88,14 +109,6 @@ class Objective(Section):
     image_step: Positive = 0.1
     """Step of the finite differences in the image critic's penalty."""
 
-    @model_validator(mode="after")
-    def whole_strides(self) -> Self:
-        for name in ("latent_penalised", "image_penalised"):
-            value = getattr(self, name)
-            if abs(1 / value - round(1 / value)) > 0.02:
-                raise ValueError(f"{name} {value}: must be 1 over a whole number, such as 1.0, 0.5, 0.25")
-        return self
-
 
 class Rates(Section):
     lr: NotNegative
@@ -120,15 +133,15 @@ class Optimizer(Section):
 
 
 class Training(Section):
-    run: str
+    run: Text
     """Folder (or fsspec URL) of metrics, checkpoints and pictures; the same command again continues the run."""
     images: Count
     """Images to train on, over all ranks: the only clock. Rounded up to whole batches."""
     batch_size: Count
     """Images per optimizer step, over all ranks."""
-    micro_batch_size: Annotated[int, Field(ge=0)] = 0
+    micro_batch_size: Interval = 0
     """Images per forward pass on one rank; 0: the rank's whole share of the batch. Smaller ones are accumulated."""
-    precision: str = "no"
+    precision: Annotated[str, AfterValidator(safe_precision)] = "no"
     """Mixed precision: "no" (float32) or "bf16"."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Of the weights, the order of the data and every draw."""
@@ -140,17 +153,6 @@ class Training(Section):
     """Half-life, in images, of the averaged weights that are judged; at most a twelfth of the images seen; 0: off."""
     patience: Positive = 180.0
     """Seconds that a rank waits for the others before it gives up."""
-
-    @model_validator(mode="after")
-    def precision_is_safe(self) -> Self:
-        if self.precision == "fp16":
-            raise ValueError(
-                "precision \"fp16\": refused, because the ratio between an opponent's gradient and its critic's, "
-                'exp(margin), overflows in float16; use "bf16" or "no"'
-            )
-        if self.precision not in ("no", "bf16"):
-            raise ValueError(f'precision "{self.precision}": must be "no" or "bf16"')
-        return self
 
 
 class Logging(Section):
@@ -179,7 +181,7 @@ class Checkpoint(Section):
 class Tracking(Section):
     mlflow: bool = True
     """Whether MLflow is told; where it is, MLFLOW_TRACKING_URI says (default: mlflow.db beside the run)."""
-    experiment: str = "aaae"
+    experiment: Text = "aaae"
     """MLflow experiment."""
     name: str = ""
     """MLflow run name; empty: the last part of training.run."""
@@ -221,113 +223,127 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-@functools.cache
-def documentation() -> dict[str, str]:
-    """The sentence of every setting, by its dotted name."""
+class Setting(NamedTuple):
+    """What is known of a setting: its sentence, its type, and its default (None: it must be set)."""
 
-    def walk(section: type[Section], prefix: str) -> dict[str, str]:
-        found: dict[str, str] = {}
+    sentence: str
+    kind: Any
+    default: Any
+
+
+@functools.cache
+def settings() -> dict[str, Setting]:
+    """Every setting by its dotted name."""
+
+    def walk(section: type[Section], prefix: str, default: Section | None) -> dict[str, Setting]:
+        found: dict[str, Setting] = {}
         for name, field in section.model_fields.items():
+            value = getattr(default, name) if default else None if field.is_required() else field.default
             if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-                found |= walk(field.annotation, f"{prefix}{name}.")
+                found |= walk(field.annotation, f"{prefix}{name}.", value)
             else:
-                found[prefix + name] = field.description or ""
+                found[prefix + name] = Setting(field.description or "", field.annotation, value)
         return found
 
-    return walk(Config, "")
+    return walk(Config, "", None)
 
 
 def load_config(arguments: Sequence[str]) -> Config:
-    """Read TOML files and `section.key=value` overrides, merged left to right.
+    """Read TOML files (any fsspec URL) and `section.key=value` overrides, merged left to right.
 
     Raises:
         UserError: a file that is missing or no TOML, an unknown key (the nearest valid one is named), or a wrong value.
     """
-    tree: dict[str, Any] = {
-        "optimizer": Optimizer().model_dump(mode="json")
-    }  # so that one of a network's rates can be set alone
-    origin: dict[str, str] = {}  # of every key: the file or argument that set it
+    # A network's rates have defaults of their own: seen here, so that one of them can be set alone.
+    tree: dict[str, Any] = {"optimizer": Optimizer().model_dump(mode="json")}
+    origin: dict[str, str] = {}  # of every key: the file that set it
     for argument in arguments:
-        key, equals, value = argument.partition("=")
-        if equals and not argument.endswith(".toml"):
-            read = parse_override(argument, key, value)
-        else:
-            read = read_toml(argument)
-        merge(tree, read, where=argument)
-        origin |= dict.fromkeys(flatten(read), argument)
+        key, equals, _ = argument.partition("=")
+        override = equals and (not argument.endswith(".toml") or key.partition(".")[0] in Config.model_fields)
+        read = parse_override(argument) if override else read_toml(argument)
+        merge(tree, read)
+        origin |= dict.fromkeys(flatten(read), "" if override else f"{argument}: ")
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise UserError("; ".join(describe(problem, origin) for problem in error.errors())) from None
+        problems = error.errors()
+        unknown = [p for p in problems if p["type"] == "extra_forbidden"]  # told first: what is misspelt is missing too
+        raise UserError("; also ".join(describe(problem, origin) for problem in unknown or problems)) from None
 
 
-def read_toml(path: str) -> dict[str, Any]:
-    try:
-        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+def read_toml(url: str) -> dict[str, Any]:
+    if not storage.exists(url):
         raise UserError(
-            f"{path}: no such file; configurations are TOML files such as configs/digits.toml, overrides look like "
+            f"{url}: no such file; configurations are TOML files such as configs/digits.toml, overrides look like "
             "training.batch_size=128"
-        ) from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); give a TOML file") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not TOML: {error}") from None
-
-
-def parse_override(argument: str, key: str, value: str) -> dict[str, Any]:
+        )
     try:
-        parsed = tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
-        parsed = value  # a plain word is text: `training.run=runs/second`
-    *sections, name = key.strip().split(".")
-    if not all([*sections, name]):
-        raise UserError(f"{argument}: an override looks like section.key=value, such as training.batch_size=128")
-    tree: dict[str, Any] = {name: parsed}
-    for section in reversed(sections):
-        tree = {section: tree}
-    return tree
+        return tomllib.loads(storage.read(url).decode())
+    except ValueError as error:
+        raise UserError(f"{url}: not TOML: {storage.one_line(error)}; mend that line, or give another file") from None
 
 
-def merge(tree: dict[str, Any], other: dict[str, Any], *, where: str) -> None:
+def parse_override(argument: str) -> dict[str, Any]:
+    key, _, value = argument.partition("=")
+    setting, word = settings().get(key.strip()), json.dumps(value, ensure_ascii=False)
+    if setting and setting.kind is str and value.strip()[:1] not in ('"', "'"):
+        value = word  # what is to be text needs no quotes: `tracking.name=7`
+    for line in (f"{key} = {value}", f"{key} = {word}"):  # nor does what is no TOML value
+        with contextlib.suppress(ValueError):
+            return tomllib.loads(line)
+    raise UserError(f"{argument}: an override looks like section.key=value, such as training.batch_size=128")
+
+
+def merge(tree: dict[str, Any], other: dict[str, Any]) -> None:
     """Take `other` into `tree`, key by key."""
     for name, value in other.items():
-        old = tree.get(name)
-        if isinstance(old, dict) and isinstance(value, dict):
-            merge(old, value, where=where)
-        elif isinstance(old, dict):
-            raise UserError(
-                f"{where}: {name} is a section, not a value; set its keys, such as {name}.{next(iter(old), 'key')}"
-            )
+        if isinstance(old := tree.get(name), dict) and isinstance(value, dict):
+            merge(old, value)
         else:
             tree[name] = value
 
 
+RULES = {  # pydantic's kinds of complaint, in our words
+    "int_type": "must be a whole number without a point or an exponent, such as 100_000",
+    "float_type": "must be a number",
+    "finite_number": "must be a finite number",
+    "string_type": 'must be text in quotes, such as "train"',
+    "string_too_short": "must not be empty",
+    "bool_type": "must be true or false",
+    "literal_error": "must be {expected}",
+    "greater_than": "must be more than {gt}",
+    "greater_than_equal": "must be at least {ge}",
+    "less_than": "must be less than {lt}",
+    "less_than_equal": "must be at most {le}",
+    "value_error": "{error}",
+    "model_type": "is a section, not a value; set its keys, such as {below[0]}",
+    **dict.fromkeys(("missing", "too_long", "tuple_type"), "must be two numbers, such as [0.5, 0.99]"),  # of betas
+}
+
+
 def describe(problem: Any, origin: dict[str, str]) -> str:
-    """One of pydantic's complaints in one clause: where it was set, the setting, its value, the rule."""
-    parts = [str(part) for part in problem["loc"] if not isinstance(part, int)]
-    key = ".".join(parts)
-    where = origin.get(key) or next(
-        (source for name, source in origin.items() if name.startswith(f"{key}.") or key.startswith(f"{name}.")), ""
-    )
-    where = f"{where}: " if where and "=" not in where else ""
-    if problem["type"] == "extra_forbidden":
-        known = list(documentation())
-        near = difflib.get_close_matches(key, known, n=1, cutoff=0.6) or [
-            name for name in known if name.rpartition(".")[2] == parts[-1]
-        ]
-        sections = ", ".join(Config.model_fields)
-        return f"{where}{key}: unknown setting; " + (
-            f"did you mean {near[0]}?"
-            if near
-            else f"the sections are {sections}; `aaae train --help` lists every setting"
-        )
-    if problem["type"] == "missing":
-        sentence = documentation().get(key, "")
-        return f"{key}: missing; set it in the TOML file or as {key}=..." + (
-            f" ({sentence.rstrip('.')})" if sentence else ""
-        )
-    if problem["type"] == "value_error":
-        return f"{where}{key}.{problem['ctx']['error']}"
-    message = problem["msg"][0].lower() + problem["msg"][1:]
-    return f"{where}{key} {problem['input']!r}: {message}"
+    """One of pydantic's complaints in one clause: the file, the setting, its value, the rule, the remedy."""
+    kind, path = problem["type"], problem["loc"]
+    key = ".".join(part for part in path if isinstance(part, str))
+    below = [name for name in settings() if name.startswith(f"{key}.")]
+    places = [place for name, place in origin.items() if name.startswith(f"{key}.")]
+    where = origin.get(key, places[0] if places else "")
+    if kind == "extra_forbidden":
+        return f"{where}{key}: unknown setting; {suggest(key)}"
+    if kind == "missing" and below:
+        wanted = ", ".join(name for name in below if settings()[name].default is None)
+        return f"section [{key}] is missing; write it in a TOML file with at least {wanted}"
+    if kind == "missing" and isinstance(path[-1], str):
+        return f"{key}: missing; set it in a TOML file or as {key}=... ({settings()[key].sentence.rstrip('.')})"
+    rule = RULES.get(kind, problem["msg"]).format(**problem.get("ctx", {}), below=below)
+    return f"{where}{key} {json.dumps(problem['input'], default=str)}: {rule}"
+
+
+def suggest(key: str) -> str:
+    """What an unknown key may have been meant to be: that name in another section, or one like it in this."""
+    parent, dot, name = key.rpartition(".")
+    elsewhere = [s for s in settings() if s.rpartition(".")[2] == name]
+    here = dict.fromkeys(s[len(parent + dot) :].partition(".")[0] for s in settings() if s.startswith(parent + dot))
+    if near := elsewhere or [parent + dot + other for other in difflib.get_close_matches(name, here, n=1, cutoff=0.7)]:
+        return f"did you mean {' or '.join(near)}?"
+    return f"{f'[{parent}] has' if parent else 'the sections are'} {', '.join(here)}; see `aaae train --help`"

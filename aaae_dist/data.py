@@ -6,6 +6,7 @@ import logging
 import os
 import tarfile
 import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -74,7 +75,7 @@ class Reader:
         self.names: dict[int, list[str]] = {}
         self.members: dict[int, list[dict[str, tuple[int, int]]]] = {}
         self.locks = [threading.Lock() for _ in self.shards]
-        self.seen, self.bad = 0, set[tuple[int, int]]()
+        self.bad: set[tuple[int, int]] = set()
 
     @property
     def counts(self) -> list[int]:
@@ -95,13 +96,13 @@ class Reader:
 
         An unreadable sample is counted, reported, and replaced by the next readable one of its shard.
         """
-        images = np.empty((len(samples), self.data.size, self.data.size, self.data.channels), np.uint8)
+        images = np.empty((len(samples), self.data.channels, self.data.size, self.data.size), np.uint8)
         keys, labels = [], []
         for row, (shard, number) in enumerate(samples):
-            key, label = self.read_into(images[row], shard, number)
+            key, label = self.read_into(images[row].transpose(1, 2, 0), shard, number)
             keys.append(key)
             labels.append(label)
-        return Batch(torch.from_numpy(images).permute(0, 3, 1, 2), keys, labels, epoch, position)
+        return Batch(torch.from_numpy(images), keys, labels, epoch, position)
 
     def read_into(self, pixels: np.ndarray, shard: int, number: int) -> tuple[str, int | None]:
         count = self.shards[shard].samples
@@ -114,20 +115,21 @@ class Reader:
             except UNREADABLE as error:
                 self.note_bad(shard, candidate % count, error)
                 continue
-            self.seen += 1
             return self.names[shard][candidate % count], label
         raise UserError(f"{self.place(shard)}: none of its {count} samples can be read; prepare the data set anew")
 
     def note_bad(self, shard: int, number: int, error: Exception) -> None:
-        if (shard, number) not in self.bad:
+        with self.locks[shard]:  # two threads may meet the same one
+            new = (shard, number) not in self.bad
             self.bad.add((shard, number))
+        if new:
             log.warning(
                 "%s: sample %s cannot be read (%s); its neighbour takes its place",
                 self.place(shard),
                 self.names[shard][number],
                 storage.one_line(error),
             )
-        if len(self.bad) > max(FORGIVEN, self.data.bad_share * max(self.seen, len(self))):
+        if len(self.bad) > max(FORGIVEN, self.data.bad_share * len(self)):
             raise UserError(
                 f"{self.url}: {len(self.bad)} unreadable samples, more than data.bad_share = {self.data.bad_share} "
                 "allows; prepare the data set anew, or raise it"
@@ -172,7 +174,8 @@ class Reader:
             path = obtain(self.place(shard), self.shards[shard], self.cache)
             with storage.explained(self.place(shard)):
                 self.files[shard] = os.open(path, os.O_RDONLY)
-            self.names[shard], members = list_samples(path)
+                weakref.finalize(self, os.close, self.files[shard])
+                self.names[shard], members = list_samples(path)
             if len(members) != self.shards[shard].samples:
                 raise UserError(
                     f"{self.place(shard)}: {len(members)} samples, but the index says {self.shards[shard].samples}; "

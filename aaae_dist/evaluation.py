@@ -6,9 +6,9 @@ import torch
 from torch.nn.functional import adaptive_avg_pool2d
 
 from aaae_dist.aaae import GenerativeAutoencoder
-from aaae_dist.data import Reader, sweep, to_float
+from aaae_dist.data import Reader, sweep
 from aaae_dist.distributed import rank, sum_over_ranks, world
-from aaae_dist.inference import device_of, sample_codes
+from aaae_dist.inference import images_for, sample_codes
 from aaae_dist.metrics import Features, RunningMoments, effective_rank, frechet_distance, psnr
 from aaae_dist.networks import Images
 
@@ -27,24 +27,24 @@ def evaluate(
         held_out: the images that are reconstructed.
         samples: drawn, and at most as many images of `train` encoded.
     """
-    device, code_size, thumbnail = device_of(model), model.moments.shape[1], min(train.data.size, THUMBNAIL)
+    device, code_size, thumbnail = model.moments.device, model.moments.shape[1], min(train.data.size, THUMBNAIL)
     part = {"batch_size": batch_size, "world": world(), "rank": rank(), "workers": workers}
 
     error = torch.zeros(2, dtype=torch.float64, device=device)
     for batch in sweep(held_out, limit=len(held_out), **part):
-        images = to_float(batch.images.to(device))
+        images = images_for(model, batch.images)
         squares = (model.decode(model.encode(images)).clamp(-1, 1) - images).double().square()
         error += torch.stack([squares.sum(), squares.new_tensor(squares.numel())])
     total, count = sum_over_ranks(error).tolist()
     yield "reconstruction/held_out_mse", total / count
-    yield "reconstruction/held_out_psnr", psnr(total / count, span=2)
+    yield "reconstruction/held_out_psnr", psnr(total / count, span=2.0)
 
     def thumbnails(images: Images) -> Features:
         return adaptive_avg_pool2d(images, thumbnail).flatten(1)
 
     codes, reals = RunningMoments(code_size, device), RunningMoments(train.data.channels * thumbnail**2, device)
     for batch in sweep(train, limit=samples, **part):
-        images = to_float(batch.images.to(device))
+        images = images_for(model, batch.images)
         codes.add(model.encode(images))
         reals.add(thumbnails(images))
     generated, fakes = RunningMoments(code_size, device), RunningMoments(train.data.channels * thumbnail**2, device)

@@ -11,16 +11,19 @@ from aaae_dist.data import Pixels, to_float, to_uint8
 from aaae_dist.networks import Codes, Images
 from aaae_dist.randomness import gaussian, sample_keys
 
+Tiling = UInt8[Tensor, "channels picture_height picture_width"]
 
-def device_of(model: GenerativeAutoencoder) -> torch.device:
-    return model.moments.device
+
+def images_for(model: GenerativeAutoencoder, pixels: Pixels) -> Images:
+    """Bytes as the model takes them: in [-1, 1], on its device, of its precision."""
+    return to_float(pixels.to(model.moments.device)).to(model.moments.dtype)
 
 
 @torch.no_grad()
 def sample_codes(model: GenerativeAutoencoder, *, seed: int, first: int, count: int) -> Codes:
     """Generated codes of samples `first`, `first + 1`, ...: sample i depends on (seed, i) alone, not on the batch."""
-    keys = sample_keys(seed, first, count, device_of(model))
-    return model.generate(gaussian(keys, (model.noise_size,), stream=NOISE, dtype=torch.float32))
+    keys = sample_keys(seed, first, count, model.moments.device)
+    return model.generate(gaussian(keys, (model.noise_size,), stream=NOISE, dtype=model.moments.dtype))
 
 
 @torch.no_grad()
@@ -32,11 +35,10 @@ def sample(model: GenerativeAutoencoder, *, seed: int, first: int, count: int) -
 @torch.no_grad()
 def reconstruct(model: GenerativeAutoencoder, pixels: Pixels) -> Pixels:
     """Images encoded and decoded again."""
-    images: Images = to_float(pixels.to(device_of(model)))
-    return to_uint8(model.decode(model.encode(images)))
+    return to_uint8(model.decode(model.encode(images_for(model, pixels))))
 
 
-def grid(pixels: Pixels, *, columns: int, gap: int = 4) -> UInt8[Tensor, "channels height width"]:
+def grid(pixels: Pixels, *, columns: int, gap: int = 4) -> Tiling:
     """Images side by side on white, `columns` in a row; small ones enlarged to some 32 pixels, without smoothing."""
     scale = max(1, 32 // pixels.shape[2])
     enlarged = pad(pixels.cpu().repeat_interleave(scale, 2).repeat_interleave(scale, 3), (0, gap, 0, gap), value=255)
@@ -51,7 +53,7 @@ def grid(pixels: Pixels, *, columns: int, gap: int = 4) -> UInt8[Tensor, "channe
     )
 
 
-def pairs(originals: Pixels, reconstructions: Pixels, *, columns: int) -> UInt8[Tensor, "channels height width"]:
+def pairs(originals: Pixels, reconstructions: Pixels, *, columns: int) -> Tiling:
     """A grid whose rows alternate: originals, and below them their reconstructions."""
     rows = [
         grid(images[start : start + columns], columns=columns)
@@ -61,15 +63,13 @@ def pairs(originals: Pixels, reconstructions: Pixels, *, columns: int) -> UInt8[
     return torch.cat(rows, dim=1)
 
 
-def picture(pixels: UInt8[Tensor, "channels height width"]) -> Image.Image:
+def picture(pixels: Tiling) -> Image.Image:
     array = pixels.permute(1, 2, 0).numpy()
     return Image.fromarray(array[..., 0] if array.shape[2] == 1 else array)
 
 
 def overview(model: GenerativeAutoencoder, held_out: Pixels, *, seed: int) -> Image.Image:
-    """What a run shows as it goes: on the left 100 samples of fixed noise, on the right held-out images above their
-    reconstructions.
-    """
+    """What a run shows: left, 100 samples of fixed noise; right, held-out images above their reconstructions."""
     sides = (
         grid(sample(model, seed=seed, first=0, count=100), columns=10),
         pairs(held_out, reconstruct(model, held_out), columns=10),

@@ -33,7 +33,7 @@ class Order:
         Philox's raw stream never changes between numpy versions.
         """
         if key not in self.cache:
-            draws = np.random.Philox(np.random.SeedSequence([self.seed, *key])).random_raw(count)
+            draws = np.random.Philox(np.random.SeedSequence(self.seed, spawn_key=key)).random_raw(count)
             self.cache[key] = draws.argsort(kind="stable")
             while len(self.cache) > 4 * self.lanes:
                 self.cache.popitem(last=False)

@@ -9,6 +9,7 @@ import io
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
+from typing import Literal
 
 import numpy as np
 import webdataset
@@ -37,7 +38,7 @@ class Index(BaseModel):
     """What a prepared data set holds."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    version: int = 1
+    version: Literal[1] = 1
     source: str
     channels: int
     height: int
@@ -61,9 +62,9 @@ def read_index(url: str) -> Index:
         index = Index.model_validate(storage.read_json(place))
     except ValidationError as error:
         problem = error.errors()[0]
+        field = ".".join(map(str, problem["loc"])) or "the whole"
         raise UserError(
-            f"{place}: {'.'.join(map(str, problem['loc']))}: {problem['msg'].lower()}; it is damaged or not an index: "
-            "prepare the data set anew"
+            f"{place}: {field}: {problem['msg'].lower()}; it is damaged or not an index: prepare the data set anew"
         ) from None
     if not index.shards:
         raise UserError(f"{place}: it lists no shards; prepare the data set anew")

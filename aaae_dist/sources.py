@@ -3,6 +3,7 @@
 import gzip
 import io
 import struct
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -56,6 +57,9 @@ def mnist(folder: str) -> Source:
     parts = []
     for name, split in (("train", "train"), ("t10k", "test")):
         images, labels = (find_idx(folder, f"{name}-{kind}") for kind in ("images-idx3-ubyte", "labels-idx1-ubyte"))
+        if bool(images) != bool(labels):
+            missing = "labels" if images else "images"
+            raise UserError(f"{images or labels}: its {missing} are missing; download them too")
         if images and labels:
             parts.append((split, read_idx(images, dimensions=3), read_idx(labels, dimensions=1), images))
     if not parts:
@@ -93,7 +97,7 @@ def read_idx(url: str, *, dimensions: int) -> np.ndarray:
         if header[0] != 0x0800 + dimensions or values.size != np.prod(header[1:]):
             raise ValueError("sizes and bytes disagree")
         return values.reshape(header[1:])
-    except (ValueError, EOFError, OSError, struct.error) as error:
+    except (ValueError, EOFError, OSError, struct.error, zlib.error) as error:
         raise UserError(
             f"{url}: not an idx file of {dimensions} dimensions, or cut short ({storage.one_line(error)}); download "
             "it again"
@@ -121,14 +125,32 @@ def folder(url: str) -> Source:
     def example(i: int) -> Example | None:
         data = storage.read(storage.join(url, names[i]))
         try:
-            image = Image.open(io.BytesIO(data))
-            grey = image.mode in ("1", "L", "LA", "I;16")
-            pixels = np.asarray(ImageOps.exif_transpose(image).convert("L" if grey else "RGB"))
-        except UNREADABLE:
+            pixels = decode(data)
+        except ValueError:
             return None
         return Example(keys[i], pixels, classes.index(names[i].split("/")[0]) if "/" in names[i] else None)
 
     return Source(len(names), example, classes, size=64, channels=3)
+
+
+def decode(data: bytes) -> np.ndarray:
+    """Pixels of an image file, upright, as uint8 (height, width) if it is grey, else (height, width, 3); alpha is
+    dropped.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    try:
+        image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+        if image.mode.startswith("I;16"):  # PIL would clip the values above 255
+            return (np.asarray(image) >> 8).astype(np.uint8)
+        if image.mode in ("I", "F"):
+            raise ValueError("values of 32 bits, whose range nobody knows")
+        if image.mode == "P":
+            image = image.convert("RGBA")  # straight to RGB, PIL would warn of the alpha
+        return np.asarray(image.convert("L" if image.mode in ("1", "L", "LA") else "RGB"))
+    except Exception as error:  # at damaged metadata PIL lets struct.error, TypeError, AttributeError and more through
+        raise ValueError(storage.one_line(error)) from error
 
 
 SOURCES = {"digits": digits, "mnist": mnist, "folder": folder}

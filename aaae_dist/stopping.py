@@ -1,4 +1,4 @@
-"""A polite request to stop: SIGTERM and SIGUSR1 raise a flag, and the loop looks at it between steps.
+"""A polite request to stop: SIGTERM, SIGUSR1 and Ctrl-C raise a flag, and the loop looks at it between steps.
 
 No heavy imports here, so that the handler is in place before they take their seconds.
 """
@@ -6,7 +6,7 @@ No heavy imports here, so that the handler is in place before they take their se
 import signal
 from types import FrameType
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class StopRequest:
@@ -23,3 +23,5 @@ class StopRequest:
     def receive(self, number: int, frame: FrameType | None) -> None:
         del frame
         self.signal = signal.Signals(number)
+        if number == signal.SIGINT:
+            signal.signal(number, signal.default_int_handler)  # Ctrl-C twice leaves at once

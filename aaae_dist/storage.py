@@ -6,6 +6,7 @@ the client library usually finds them (for s3:// the AWS variables and files) an
 
 import errno
 import functools
+import glob
 import json
 import os
 import secrets
@@ -174,4 +175,5 @@ def remove(url: str) -> None:
     with explained(url):
         store, path = locate(url)
         if store.exists(path):
-            store.rm(path, recursive=True)
+            # Remote filesystems take *, ? and [...] in a path as patterns, and would remove its neighbours too.
+            store.rm(path if is_local(url) else glob.escape(path), recursive=True)

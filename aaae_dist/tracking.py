@@ -1,12 +1,11 @@
 """Metrics: metrics.jsonl in the run's folder always has everything; MLflow is told in the background.
 
-The journal is the queue: whatever MLflow has not got yet is read from the journal and the pictures of the run, and
-MLflow itself says how far it got. So an outage costs nothing, a resumed run goes on in the same MLflow run, and `aaae
-track sync RUN` is the same delivery, later.
+The folder is the queue: what MLflow has not got yet is read from the journal and the pictures there, and MLflow itself
+says how far it got. So an outage costs nothing, a resumed run goes on in the same MLflow run, and `aaae track sync RUN`
+is the same delivery, later.
 """
 
 import contextlib
-import getpass
 import importlib.metadata
 import io
 import json
@@ -14,10 +13,13 @@ import logging
 import math
 import os
 import platform
+import re
+import secrets
 import subprocess
+import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +32,14 @@ from aaae_dist.errors import UserError
 
 log = logging.getLogger(__name__)
 
-LINE = "progress/line"  # the number of the journal's line, sent with it: how far MLflow got
-RETRY_SECONDS, UPLOAD_SECONDS, PARTING_SECONDS = 15.0, 30.0, 60.0
+RETRY_SECONDS, UPLOAD_SECONDS = 15.0, 30.0
+PARTING_SECONDS = {"FINISHED": 60.0, "KILLED": 10.0, "FAILED": 10.0}  # who was told to stop has no minute left
+MLFLOW_SETTINGS = {
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # we retry
+    "MLFLOW_LOGGING_LEVEL": "CRITICAL",  # we report, once and in one line
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+}
 
 
 def parse_lines(data: bytes) -> list[dict[str, Any]]:
@@ -51,166 +59,189 @@ class Journal:
         self.url = storage.join(run, "metrics.jsonl")
         data = storage.read(self.url) if storage.exists(self.url) else b""
         self.lines = [line for line in parse_lines(data) if line["images"] <= images]
-        self.uploaded = 0.0
         self.upload()
-        self.file = storage.local_path(self.url).open("ab") if storage.is_local(run) else None
 
     def write(self, images: int, metrics: Mapping[str, float]) -> None:
-        line = {"images": images, "time": round(time.time(), 3)} | {
-            name: value if math.isfinite(value) else None for name, value in metrics.items()
-        }
-        self.lines.append(line)
-        if self.file is None:
-            if time.monotonic() - self.uploaded > UPLOAD_SECONDS:
+        numbers = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        self.lines.append({"images": images, "time": round(time.time(), 3)} | numbers)
+        if storage.is_local(self.url):
+            with storage.explained(self.url), storage.local_path(self.url).open("ab") as file:
+                file.write(json.dumps(self.lines[-1]).encode() + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+        elif time.monotonic() > self.uploaded + UPLOAD_SECONDS:
+            try:
                 self.upload()
-            return
-        with storage.explained(self.url):
-            self.file.write(json.dumps(line).encode() + b"\n")
-            self.file.flush()
+            except UserError as error:
+                log.warning("%s (nothing is lost yet: the journal is written again in a while)", error)
 
     def upload(self) -> None:
         """Write the whole journal anew: object stores cannot append."""
-        storage.write(self.url, b"".join(json.dumps(line).encode() + b"\n" for line in self.lines))
         self.uploaded = time.monotonic()
-
-    def close(self) -> None:
-        if self.file is None:
-            self.upload()
-        else:
-            self.file.close()
+        storage.write(self.url, b"".join(json.dumps(line).encode() + b"\n" for line in self.lines))
 
 
-def default_tracking_uri(run: str) -> str:
-    """The sqlite database beside the run; in the working folder where the run is in an object store."""
-    folder = storage.local_path(run).parent if storage.is_local(run) else Path.cwd()
-    return f"sqlite:///{folder / 'mlflow.db'}"
+def local_folder(run: str) -> Path:
+    """Where MLflow's local database and pictures are: beside the run, or here if the run is in an object store."""
+    return storage.local_path(run).parent if storage.is_local(run) else Path.cwd()
+
+
+def default_tracking_uri(run: str, *, database: str = "mlflow.db") -> str:
+    """Which MLflow is told unless MLFLOW_TRACKING_URI says: a sqlite database beside the run."""
+    return "sqlite:///" + str(local_folder(run) / database).replace("%", "%25").replace("?", "%3F")
+
+
+def make_database(run: str) -> None:
+    """Make mlflow.db aside: a kill, or a second run that starts at the same time, would ruin it for good."""
+    database = local_folder(run) / "mlflow.db"
+    aside = database.with_name(f".mlflow.db.{secrets.token_hex(4)}.partial")
+    if database.exists():
+        return
+    command = ["-P", "-m", "mlflow", "db", "upgrade", default_tracking_uri(run, database=aside.name)]
+    try:
+        made = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False)
+        if made.returncode:
+            raise OSError(f"{database} cannot be made: {made.stderr.strip()[-300:]}")
+        with contextlib.suppress(FileExistsError):  # another run was faster
+            os.link(aside, database)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def harmless(text: str) -> str:
+    """The text without what stands before the @ of MLFLOW_TRACKING_URI, however it is written, and of other URLs."""
+    person = os.environ.get("MLFLOW_TRACKING_URI", "").rpartition("@")[0]
+    return re.sub(r"//[^/\s]+@", "//", text.replace(f"{person}@", "") if person else text)
+
+
+def git(*words: str) -> str:
+    """What git says in the package's folder; nothing if there is no git or no repository."""
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        command = ["git", "-C", str(Path(__file__).parent), *words]
+        return subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True, timeout=5).strip()
+    return ""
 
 
 def describe_code() -> dict[str, str]:
-    """Tags that say what ran: git commit, versions, machine."""
-    here = Path(__file__).resolve().parent
-    versions = {
-        f"version.{name}": importlib.metadata.version(name)
-        for name in ("aaae_dist", "torch", "accelerate", "webdataset", "mlflow", "numpy")
-    }
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        commit = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True, timeout=10
-        ).stdout.strip()
-        changed = subprocess.run(
-            ["git", "status", "--porcelain", "--untracked-files=no"],
-            cwd=here,
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=10,
-        ).stdout
-        versions |= {
-            "git.commit": commit,
-            "mlflow.source.git.commit": commit,
-            "git.changed": str(bool(changed)).lower(),
-        }
-    return versions | {"version.python": platform.python_version(), "host": platform.node()}
+    """What runs, where and for whom."""
+    about = {"host": platform.node(), "mlflow.user": os.environ.get("USER", "?"), "mlflow.source.name": "aaae train"}
+    about["version.python"] = platform.python_version()
+    for name in ("aaae_dist", "torch", "accelerate", "webdataset", "mlflow", "numpy"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            about[f"version.{name}"] = importlib.metadata.version(name)
+    if git("ls-files", Path(__file__).name):  # and not a repository that this is merely installed in
+        about["git.commit"] = about["mlflow.source.git.commit"] = git("rev-parse", "HEAD")
+        about["git.changed"] = str(bool(git("status", "--porcelain", "--untracked-files=no"))).lower()
+    return about
+
+
+def settle_mlflow() -> None:
+    """Import MLflow, in the main thread: two that import at once can meet half a module."""
+    for name, value in MLFLOW_SETTINGS.items():
+        os.environ.setdefault(name, value)
+    os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"  # stdout is for results
+    with contextlib.suppress(ImportError):  # the delivery will meet it again, and it is reported
+        import mlflow.tracking  # noqa: F401
 
 
 class Delivery:
-    """Brings MLflow up to date with a run's folder. Every call of `deliver` sends what is missing, and only that."""
+    """Brings MLflow up to date with a run's folder. Once a call has failed, begin another: MLflow knows what it got."""
 
-    def __init__(self, run: str, config: Config) -> None:
-        for name, value in {
-            "MLFLOW_DISABLE_TELEMETRY": "true",
-            "DO_NOT_TRACK": "true",
-            "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
-            "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
-        }.items():
-            os.environ.setdefault(name, value)
+    def __init__(self, run: str, config: Config, about: Mapping[str, str]) -> None:
+        """Find or make the MLflow run, and ask how far it got."""
+        from mlflow.entities import Param, RunTag
         from mlflow.tracking import MlflowClient
 
-        logging.getLogger("alembic").setLevel(logging.WARNING)
-        self.run, self.config = run, config
-        self.local = "MLFLOW_TRACKING_URI" not in os.environ
-        self.client = MlflowClient(default_tracking_uri(run) if self.local else os.environ["MLFLOW_TRACKING_URI"])
-        self.run_id, self.line, self.pictures = "", 0, set[str]()
+        self.run, self.config, self.training = run, config, about["training"]
+        self.remote = os.environ.get("MLFLOW_TRACKING_URI", "")
+        if not self.remote:
+            make_database(run)
+        self.client = MlflowClient(self.remote or default_tracking_uri(run))
+        place = storage.join(run, "mlflow_run_id")
+        written = storage.read(place).decode().strip() if storage.exists(place) else ""
+        known = self.find(written)
+        self.id, self.status = known.info.run_id, known.info.status
+        if self.id != written:
+            storage.write(place, self.id.encode())
+        # MLflow takes no point back: what is trained a second time after a kill stays there as it was at first.
+        self.reached = {metric.key: metric.step for metric in known.data._metric_objs}
+        self.lines = 0
+        self.pictures: set[int] | None = None  # not asked yet: metrics must not wait for where pictures are stored
+        # Nor does it let a parameter change: where a resumed run's do, config.toml says so.
+        new = {key: str(value) for key, value in config.flat().items() if key not in known.data.params}
+        params = [Param(key, harmless(value)[:6_000]) for key, value in new.items()]  # the longest that MLflow takes
+        tags = [RunTag(key, value) for key, value in about.items() if key != "status"]
+        self.client.log_batch(self.id, params=params, tags=tags, synchronous=True)
 
-    def connect(self) -> None:
-        """Find or make the MLflow run, and ask how far it got."""
-        place = storage.join(self.run, "mlflow_run_id")
-        if not storage.exists(place):
-            name = self.config.tracking.name or self.run.rstrip("/").rpartition("/")[2]
-            tags = describe_code() | {
-                "mlflow.user": getpass.getuser(),
-                "mlflow.source.name": "aaae train",
-                "run": self.run,
-            }
-            created = self.client.create_run(self.experiment(), run_name=name, tags=tags)
-            storage.write(place, created.info.run_id.encode())
-        self.run_id = storage.read(place).decode().strip()
-        known = self.client.get_run(self.run_id)
-        self.line = int(known.data.metrics.get(LINE, 0))
-        self.pictures = {Path(found.path).name for found in self.client.list_artifacts(self.run_id, "samples")}
-        self.client.update_run(self.run_id, status="RUNNING")
-        for key, value in self.config.flat().items():
-            if (
-                key not in known.data.params
-            ):  # MLflow lets no parameter change: a resumed run's new config.toml says what did
-                self.client.log_param(self.run_id, key, value)
-        self.client.log_text(self.run_id, self.config.toml(), "config.toml")
+    def find(self, run_id: str) -> Any:
+        """The MLflow run of that id; else another of the same training, whose id got lost or was of another server."""
+        try:
+            if run_id and (known := self.client.get_run(run_id)).info.lifecycle_stage == "active":
+                return known
+        except Exception as error:
+            if getattr(error, "error_code", "") != "RESOURCE_DOES_NOT_EXIST":
+                raise
+        experiment = self.experiment()
+        if found := self.client.search_runs([experiment], f"tags.training = '{self.training}'", max_results=1):
+            return found[0]
+        name = self.config.tracking.name or self.run.rstrip("/").rpartition("/")[2]
+        return self.client.create_run(experiment, run_name=name, tags={"training": self.training})
 
     def experiment(self) -> str:
         name = self.config.tracking.experiment
         if found := self.client.get_experiment_by_name(name):
             return found.experiment_id
-        place = (
-            storage.local_path(self.run).parent.joinpath("mlartifacts", name).as_uri()
-            if self.local and storage.is_local(self.run)
-            else None
-        )
         try:
+            place = None if self.remote else (local_folder(self.run) / "mlartifacts").as_uri()
             return self.client.create_experiment(name, artifact_location=place)
         except Exception:
-            if found := self.client.get_experiment_by_name(name):  # another run of a job array was faster
+            if found := self.client.get_experiment_by_name(name):  # another run was faster
                 return found.experiment_id
             raise
 
-    def deliver(self, lines: list[dict[str, Any]]) -> None:
-        """Send the journal's lines and the pictures that MLflow has not got."""
+    def deliver(self, lines: Sequence[dict[str, Any]], status: str) -> None:
+        """Send what MLflow has not got: lines of the journal, the status, config.toml, pictures."""
         from mlflow.entities import Metric
 
-        if not self.run_id:
-            self.connect()
-        for number in range(self.line + 1, len(lines) + 1):
-            line = lines[number - 1]
-            values = {
-                name: value for name, value in line.items() if name not in ("images", "time") and value is not None
-            }
-            moment = int(line["time"] * 1000)
-            self.client.log_batch(
-                self.run_id,
-                [Metric(name, value, moment, line["images"]) for name, value in (values | {LINE: number}).items()],
-            )
-            self.line = number
-        for name in storage.listing(storage.join(self.run, "samples")):
-            if name.endswith(".png") and name not in self.pictures:
-                image = Image.open(io.BytesIO(storage.read(storage.join(self.run, "samples", name))))
-                self.client.log_image(self.run_id, image, artifact_file=f"samples/{name}")
-                self.pictures.add(name)
+        metrics = [
+            Metric(name, value, round(line["time"] * 1000), line["images"])
+            for line in lines[self.lines :]
+            for name, value in line.items()
+            if name not in ("images", "time") and value is not None and line["images"] > self.reached.get(name, -1)
+        ]
+        self.client.log_batch(self.id, metrics=metrics, synchronous=True)
+        self.lines = len(lines)
+        if status != self.status:
+            change = self.client.update_run if status == "RUNNING" else self.client.set_terminated
+            change(self.id, status=status)
+            self.status = status
 
-    def finish(self, status: str) -> None:
-        self.client.set_terminated(self.run_id, status)
+        if self.pictures is None:
+            self.client.log_text(self.id, harmless(self.config.toml()), "config.toml")
+            files = " ".join(found.path for found in self.client.list_artifacts(self.id, "images"))
+            self.pictures = {int(step) for step in re.findall(r"\+step\+(\d+)\S+compressed", files)}
+        for name in storage.listing(storage.join(self.run, "samples")):
+            if re.fullmatch(r"\d+\.png", name) and int(name[:-4]) not in self.pictures:
+                picture = Image.open(io.BytesIO(storage.read(storage.join(self.run, "samples", name))))
+                self.client.log_image(self.id, picture, key="samples", step=int(name[:-4]), synchronous=True)
+                self.pictures.add(int(name[:-4]))
 
 
 class Tracker:
     """What rank 0 reports with. Nothing here waits for MLflow but `close`, and that not for long."""
 
     def __init__(self, run: str, config: Config, *, images: int) -> None:
-        self.run = run
+        self.run, self.config = run, config
         storage.write(storage.join(run, "config.toml"), config.toml().encode())
+        place = storage.join(run, "about.json")
+        training = storage.read_json(place)["training"] if storage.exists(place) else secrets.token_hex(8)
+        self.about = {"training": training, "run": harmless(run), "status": "RUNNING"} | describe_code()
+        storage.write_json(place, self.about)
         self.journal = Journal(run, images=images)
-        self.config, self.status = config, ""
-        self.news, self.parting = threading.Event(), threading.Event()
+        self.news, self.parting, self.delivered = threading.Event(), threading.Event(), not config.tracking.mlflow
         self.thread = threading.Thread(target=self.keep_delivering, name="mlflow", daemon=True)
-        self.delivered = not config.tracking.mlflow
         if config.tracking.mlflow:
+            settle_mlflow()
             self.news.set()
             self.thread.start()
 
@@ -224,79 +255,65 @@ class Tracker:
         storage.write(storage.join(self.run, "samples", f"{images:012d}.png"), file.getvalue())
         self.news.set()
 
+    def flush(self) -> None:
+        """Have every line where no kill can reach it, before a checkpoint says that it was written."""
+        if not storage.is_local(self.run):  # there it is as soon as it is written
+            self.journal.upload()
+
     def keep_delivering(self) -> None:
         """The background thread: deliver whenever there is news; when MLflow fails, say so once and try again later."""
-        delivery, down = None, False
-        while True:
-            self.news.wait(RETRY_SECONDS)
+        delivery, down, parting = None, False, False
+        while not parting:
+            self.news.wait()
             self.news.clear()
             parting = self.parting.is_set()  # looked at before delivering: what was logged until then is delivered
             try:
-                delivery = delivery or Delivery(self.run, self.config)
-                delivery.deliver(list(self.journal.lines))
-                if parting:
-                    delivery.finish(self.status)
-                    self.delivered = True
-                    return
+                delivery = delivery or Delivery(self.run, self.config, self.about)
+                delivery.deliver(list(self.journal.lines), self.about["status"])
+                self.delivered = parting
                 if down:
                     log.warning("MLflow is back, and has everything")
                 down = False
-            except (
-                Exception
-            ) as error:  # whatever MLflow and its database raise must not touch the training; it is reported
+            except Exception as error:  # whatever MLflow, its database and its store raise: none of training's trouble
                 if not down:
-                    log.warning(
-                        "MLflow is not reachable (%s); training goes on, metrics.jsonl has everything, and it is "
-                        "tried again every %.0f s",
-                        type(error).__name__,
-                        RETRY_SECONDS,
-                    )
-                down = True
-                if parting:
-                    return
+                    what = harmless(storage.one_line(error))[:500]
+                    log.warning("MLflow does not take all (%s); training goes on, and it is tried again", what)
+                delivery, down = None, True
                 self.parting.wait(RETRY_SECONDS)
+                self.news.set()
 
     def close(self, status: str) -> None:
         """End the report. `status`: FINISHED, KILLED (stopped by a signal) or FAILED."""
-        self.journal.close()
-        self.status = status
-        self.parting.set()
-        self.news.set()
-        if self.thread.is_alive():
-            self.thread.join(PARTING_SECONDS)
-        if not self.delivered:
-            log.warning("MLflow has not got everything; `aaae track sync %s` delivers the rest", self.run)
+        self.about["status"] = status
+        try:
+            self.flush()
+            storage.write_json(storage.join(self.run, "about.json"), self.about)
+        finally:
+            self.parting.set()
+            self.news.set()
+            if self.thread.is_alive():
+                self.thread.join(PARTING_SECONDS[status])
+            if not self.delivered:
+                log.warning("MLflow has not got everything; `aaae track sync %s` delivers the rest", self.run)
 
 
 class NoTracker:
     """What the other ranks report with: nothing."""
 
-    def log(self, images: int, metrics: Mapping[str, float]) -> None: ...
+    def ignore(self, *_: Any) -> None: ...
 
-    def picture(self, images: int, image: Image.Image) -> None: ...
-
-    def close(self, status: str) -> None: ...
+    log = picture = flush = close = ignore
 
 
 def sync(run: str) -> int:
-    """Deliver to MLflow what it missed of a run; returns the number of lines it now has.
-
-    Raises:
-        UserError: there is no such run, or MLflow does not answer.
-    """
+    """Deliver to MLflow what it missed of a run, or raise a UserError; returns the number of lines it now has."""
     config = read_run_config(run)
-    journal = storage.join(run, "metrics.jsonl")
-    lines = parse_lines(storage.read(journal))
+    lines = parse_lines(storage.read(storage.join(run, "metrics.jsonl")))
+    about = storage.read_json(storage.join(run, "about.json"))
+    settle_mlflow()
     try:
-        delivery = Delivery(run, config)
-        delivery.deliver(lines)
-        if lines and lines[-1]["images"] >= config.training.images:
-            delivery.finish("FINISHED")
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(
-            f"MLflow ({type(error).__name__}): it does not take the run's metrics; check that the server of "
-            "MLFLOW_TRACKING_URI is up, and try again"
-        ) from error
-    return delivery.line
+        Delivery(run, config, about).deliver(lines, about["status"])
+    except Exception as error:  # whatever MLflow and its database raise; a traceback of it could hold credentials
+        what = harmless(storage.one_line(error))[:500]
+        raise UserError(f"MLflow does not take {run} ({what}); check MLFLOW_TRACKING_URI, and try again") from None
+    return len(lines)

@@ -1,0 +1,589 @@
+"""The command line: results on stdout, and a user's mistake is one line on stderr, exit code 2, nothing lost."""
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from accelerate.state import AcceleratorState
+from conftest import forget_clients
+from PIL import Image
+
+from aaae_dist.arguments import parser
+from aaae_dist.cli import COMMANDS, main
+from aaae_dist.config import settings
+from aaae_dist.sources import SOURCES
+
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": ""}  # streams as users have them
+AAAE = [sys.executable, "-m", "aaae_dist"]
+Refuse = Callable[..., str]
+
+
+def call(*arguments: object) -> int:
+    """The exit code of `aaae ...`, run in this process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        with pytest.raises(SystemExit) as ended:
+            main([str(argument) for argument in arguments])
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert isinstance(ended.value.code, int)
+    return ended.value.code
+
+
+def process(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """`aaae ...` in a process of its own, where streams and imports are real."""
+    line = [*AAAE, *map(str, arguments)]
+    return subprocess.run(line, env=ENVIRONMENT, capture_output=True, text=True, timeout=120, check=False)
+
+
+def contents(*folders: Path) -> dict[str, str]:
+    """What is in these folders, to see that nothing of it was touched."""
+    files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
+    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+@pytest.fixture(scope="session")
+def tiny(digits: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A configuration that trains in half a second: 10 steps, a checkpoint at step 5."""
+    folder = tmp_path_factory.mktemp("cli")
+    (folder / "tiny.toml").write_text(f"""
+        data = {{ url = "{digits}", channels = 1, size = 8, workers = 0 }}
+        training = {{ run = "{folder / "run"}", images = 320, batch_size = 32 }}
+        evaluation = {{ samples = 200 }}
+        checkpoint = {{ every = 160 }}
+        tracking = {{ mlflow = false }}
+        [model]
+        architecture = "mlp"
+        width = 16
+        code_size = 4
+        noise_size = 4
+        latent_width = 16
+        latent_depth = 1
+    """)
+    return folder / "tiny.toml"
+
+
+@pytest.fixture(scope="session")
+def run(tiny: Path) -> Path:
+    """A finished training with two checkpoints. Copy it before you change it."""
+    assert call("train", tiny) == 0
+    return tiny.parent / "run"
+
+
+@pytest.fixture
+def copy(run: Path, tmp_path: Path) -> Path:
+    """A copy of the finished training, to be damaged."""
+    return Path(shutil.copytree(run, tmp_path / "copy"))
+
+
+@pytest.fixture
+def refuse(capsys: pytest.CaptureFixture[str], tmp_path: Path, tiny: Path, digits: str) -> Refuse:
+    """Expect `aaae ...` to be refused as a user's mistake, with all files as they were; returns the line said."""
+
+    def refuse(*arguments: object) -> str:
+        capsys.readouterr()
+        before = contents(tmp_path, tiny.parent, Path(digits))
+        code, (out, said) = call(*arguments), capsys.readouterr()
+        assert (code, out) == (2, "")
+        assert said.startswith("aaae: ")
+        assert said.count("\n") == 1
+        assert said.endswith("\n")
+        assert contents(tmp_path, tiny.parent, Path(digits)) == before
+        return said.removeprefix("aaae: ").rstrip()
+
+    return refuse
+
+
+# --- help
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_teaches(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(*command.split(), "--help") == 0
+    out, err = capsys.readouterr()
+    assert out.startswith(f"usage: aaae {command} ")
+    assert f"aaae {command} " in out.partition("example:\n")[2]
+    assert not err
+    for group in {command.split()[0]} - COMMANDS.keys():
+        assert call(group, "--help") == 0
+        assert f"aaae {command} " in capsys.readouterr().out.partition("example:\n")[2]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_examples_are_right(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    call(*command.split(), "--help")
+    example = capsys.readouterr().out.partition("example:\n")[2].splitlines()[0]
+    arguments = parser().parse_args(example.partition("aaae ")[2].split())
+    assert arguments.command == command
+
+
+def test_help_lists_commands_settings_and_sources(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("--help") == 0
+    out = capsys.readouterr().out
+    assert all(f"    {command.split()[0]}" in out for command in COMMANDS)
+    assert call("train", "--help") == 0
+    out = capsys.readouterr().out
+    assert all(f"  {name} = " in out and setting.sentence in out for name, setting in settings().items())
+    assert '  model.architecture = "dcgan"  ("dcgan" or "mlp")\n' in out
+    assert call("prepare", "--help") == 0
+    out = " ".join(capsys.readouterr().out.split())
+    for source in SOURCES:
+        assert f"{source}: " in out
+        assert parser().parse_args(["prepare", source, "--out", "x"]).source == source
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("", "the following arguments are required: COMMAND; see `aaae --help`"),
+        ("trian x", "argument COMMAND: invalid choice: 'trian' (choose from 'prepare', 'train', "),
+        ("shards", "the following arguments are required: COMMAND; see `aaae shards --help`"),
+        ("train", "the following arguments are required: CONFIG; see `aaae train --help`"),
+        (
+            "train x.toml --batch-size 32",
+            "--batch-size: unknown option; settings are given as section.key=value, witho",
+        ),
+        ("sample x --out y.png --cuont 3", "--cuont: unknown option; did you mean --count?; see `aaae sample --help`"),
+        ("sample x --out y.png --coun 3", "--coun: unknown option; did you mean --count?; see `aaae sample --help`"),
+        ("sample x --out y.png --count 1e3", "argument --count: 1e3: must be a whole number from 1 to 1000000000000; "),
+        ("sample x --out y.png --count 0", "argument --count: 0: must be a whole number from 1 to "),
+        ("sample x --out y.png --seed -1", "argument --seed: -1: must be a whole number from 0 to "),
+        ("sample x --out y.png --count 9" + "9" * 5000, "argument --count: 999"),
+        ("sample x --out y.jpg", "--out y.jpg: must end in .png (a picture) or .npz (an array `images`, uint8, N x "),
+        ("sample x", "the following arguments are required: --out; see `aaae sample --help`"),
+        ("prepare digits x y --out z", "y: unknown argument; see `aaae prepare --help`"),
+        ("prepare cats --out z", "argument SOURCE: invalid choice: 'cats' (choose from 'digits', 'mnist', 'folder'); "),
+        ("prepare digits --channels 2 --out z", "argument --channels: invalid choice: 2 (choose from 1, 3); see "),
+        ("prepare digits --quality 101 --out z", "argument --quality: 101: must be a whole number from 0 to 100; see "),
+        ("prepare digits --out=", "--out: must not be empty; "),
+        (
+            "shards read x --batch-size 4 --rank 2 --world 2",
+            "--rank 2: must be less than --world 2; ranks are counted ",
+        ),
+        ("shards read x --batch-size 5 --world 2", "--batch-size 5: must be a multiple of --world 2, "),
+    ],
+    ids=lambda text: text[:40],
+)
+def test_wrong_arguments(line: str, message: str, refuse: Refuse) -> None:
+    assert refuse(*line.split()).startswith(message)
+
+
+# --- mistakes
+
+
+def test_mistakes_in_a_process_of_their_own(tmp_path: Path, tiny: Path) -> None:
+    for arguments, message in (
+        (
+            ["train", tiny, "training.batchsize=3"],
+            "training.batchsize: unknown setting; did you mean training.batch_size?",
+        ),
+        (["train", tiny, "training.batch_size=3.0"], "training.batch_size 3.0: must be a whole number without a point"),
+        (["train", tmp_path / "no.toml"], f"{tmp_path / 'no.toml'}: no such file; configurations are TOML files such "),
+        (
+            ["train", tiny, f"data.url={tmp_path}/no", f"training.run={tmp_path}"],
+            f"{tmp_path}/no/index.json: no such f",
+        ),
+    ):
+        done = process(*arguments)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.startswith(f"aaae: {message}")
+        assert done.stderr.count("\n") == 1
+
+
+def test_a_file_that_may_not_be_read(capsys: pytest.CaptureFixture[str]) -> None:
+    user = os.geteuid()
+    with tempfile.TemporaryDirectory() as folder:  # not below tmp_path, where others than the owner see nothing
+        Path(folder).chmod(0o755)
+        path = Path(folder) / "secret.toml"
+        path.touch(0o000)
+        os.seteuid(user or 65534)  # root may read everything
+        try:
+            code = call("train", path)
+        finally:
+            os.seteuid(user)
+        assert (code, capsys.readouterr()) == (
+            2,
+            ("", f"aaae: {path}: access denied; check the credentials and the permissions of this URL\n"),
+        )
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.width=17", "model.width 17: the run in "),
+        ("optimizer.encoder.lr=0.5", "optimizer.encoder.lr 0.5: the run in "),
+        ("training.seed=1", "training.seed 1: the run in "),
+        ("training.micro_batch_size=5", "training.micro_batch_size 5: does not divide the 32 images of a rank"),
+    ],
+)
+def test_other_settings_in_the_same_run(override: str, message: str, tiny: Path, run: Path, refuse: Refuse) -> None:
+    said = refuse("train", tiny, override)
+    assert said.startswith(message)
+    assert "; " in said
+
+
+def test_a_finished_training_has_nothing_left_to_do(tiny: Path, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = contents(run)
+    assert call("train", tiny) == 0
+    assert capsys.readouterr().out == ""
+    assert contents(run) == before
+
+
+def test_runs_that_are_none(run: Path, copy: Path, tmp_path: Path, refuse: Refuse) -> None:
+    out = tmp_path / "out.png"
+    for verb, *more in (["evaluate"], ["sample", "--out", out], ["reconstruct", "x.png", "--out", out]):
+        assert refuse(verb, tmp_path, *more) == (
+            f"{tmp_path}/config.toml: no such file; RUN is the folder of a training (its training.run)"
+        )
+    assert refuse("track", "sync", tmp_path).startswith(f"{tmp_path}/config.toml: no such file; ")
+    names = "000000000160, 000000000320"
+    said = refuse("sample", run, "--checkpoint", "5", "--out", out)
+    assert said == f"--checkpoint 5: {run} has {names}; choose one of these"
+    for marker in copy.glob("checkpoints/*/COMPLETE"):
+        marker.unlink()
+    assert refuse("evaluate", copy).startswith(f"{copy}: no complete checkpoint yet; train it first, or wait for ")
+    assert not out.exists()
+
+
+def test_damaged_checkpoints(copy: Path, tmp_path: Path, refuse: Refuse, caplog: pytest.LogCaptureFixture) -> None:
+    older, newer = sorted((copy / "checkpoints").iterdir())
+    damage(newer / "average.safetensors")
+    assert call("sample", copy, "--out", tmp_path / "out.npz") == 0  # the older one is whole
+    assert f"checkpoint {newer.name} is passed over: {newer}/average.safetensors: damaged" in caplog.text
+    assert refuse("sample", copy, "--checkpoint", newer.name, "--out", tmp_path / "out.npz") == (
+        f"{newer}/average.safetensors: damaged, its bytes are not those that were saved"
+    )
+    (older / "average.safetensors").write_bytes(b"")
+    for arguments in (["evaluate", copy], ["sample", copy, "--out", tmp_path / "out.npz"]):
+        assert refuse(*arguments) == (
+            f"{copy}/checkpoints: all 2 checkpoints are damaged; restore one, or remove the folder to start anew "
+            f"(the newest: {newer}/average.safetensors: damaged, its bytes are not those that were saved)"
+        )
+
+
+def damage(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def test_out_that_cannot_be_written(run: Path, tmp_path: Path, refuse: Refuse) -> None:
+    (tmp_path / "file").touch()
+    assert refuse("sample", run, "--out", tmp_path / "file" / "out.png").startswith(f"{tmp_path}/file/out.png: ")
+    (tmp_path / "folder.npz").mkdir()
+    assert refuse("sample", run, "--out", tmp_path / "folder.npz").startswith(f"{tmp_path}/folder.npz: ")
+    assert refuse("sample", run, "--count", 10**12, "--out", tmp_path / "huge.npz").startswith("out of memory (")
+
+
+def test_images_that_are_none(run: Path, tiny: Path, tmp_path: Path, refuse: Refuse) -> None:
+    out = tmp_path / "out.png"
+    out.write_bytes(b"mine")
+    assert refuse("reconstruct", run, tiny, "--out", out).startswith(f"{tiny}: not an image that can be read (")
+    assert refuse("reconstruct", run, tmp_path / "no.png", "--out", out) == (
+        f"{tmp_path}/no.png: no such file; check the URL"
+    )
+    assert refuse("reconstruct", run, tmp_path, "--out", out).startswith(f"{tmp_path}: ")
+    whole = picture_file(tmp_path / "whole.png", size=64).read_bytes()
+    (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
+    assert refuse("reconstruct", run, tmp_path / "cut.png", "--out", out).startswith(f"{tmp_path}/cut.png: not an ima")
+
+
+# --- data sets that are none
+
+
+@pytest.fixture
+def shards(digits: str, tmp_path: Path) -> Path:
+    """A copy of the prepared digits, to be damaged."""
+    return Path(shutil.copytree(digits, tmp_path / "shards"))
+
+
+def test_damaged_data_sets(shards: Path, tiny: Path, tmp_path: Path, refuse: Refuse) -> None:
+    train = ["train", tiny, f"data.url={shards}", f"training.run={tmp_path}/new"]
+    read = ["shards", "read", shards, "--batch-size", 1600]
+    tar, index = shards / "train-000003.tar", (shards / "index.json").read_text()
+    data = tar.read_bytes()
+
+    tar.write_bytes(data[:-512])
+    for arguments in (train, read):
+        assert refuse(*arguments).startswith(f"{tar}: {len(data) - 512} bytes, but the index says {len(data)}; it was ")
+    damage(tar)
+    tar.write_bytes(tar.read_bytes() + bytes(512))
+    assert refuse(*read).startswith(f"{tar}: its sha256 is not the index's; it was damaged or replaced")
+    tar.unlink()
+    for arguments in (train, read):
+        assert refuse(*arguments) == (
+            f"{tar}: no such file, 1 of 9 shards are missing; bring them back or prepare the data set anew"
+        )
+
+    for text, message in (
+        (json.dumps(json.loads(index) | {"shards": []}), "it lists no shards; prepare the data set anew"),
+        ("", "not JSON (0 bytes); it is damaged or not what it should be"),
+        ("[]", ""),
+    ):
+        (shards / "index.json").write_text(text)
+        for arguments in (train, read):
+            assert refuse(*arguments).startswith(f"{shards}/index.json: {message}")
+    assert not (tmp_path / "new").exists()
+
+
+def test_data_sets_of_another_kind(digits: str, tiny: Path, tmp_path: Path, refuse: Refuse) -> None:
+    train = ["train", tiny, f"training.run={tmp_path}/new"]
+    for override, message in (
+        ("data.size=16", f"data.channels 1, data.size 16: {digits}/index.json says 1 channels of 8 x 8 pixels; set "),
+        ("data.channels=3", "data.channels 3, data.size 8: "),
+        ("data.split=dev", f'data.split or data.held_out "dev": {digits}/index.json has only test, train; choose one'),
+        (f"data.url={tmp_path}", f"{tmp_path}/index.json: no such file; prepare a data set with `aaae prepare SOURCE "),
+    ):
+        assert refuse(*train, override).startswith(message)
+    assert not (tmp_path / "new").exists()
+    assert refuse("shards", "read", digits, "--batch-size", 1800).startswith("training.batch_size 1800: larger than ")
+    assert refuse("shards", "read", digits, "--batch-size", 4, "--split", "dev").count('"dev"') == 1
+    assert refuse("prepare", "digits", "--out", digits).startswith(f"{digits}: it already holds a data set; ")
+    assert refuse("prepare", "digits", "--held-out", 1797, "--out", tmp_path / "new").startswith("--held-out 1797: ")
+    assert refuse("prepare", "folder", "--out", tmp_path / "new").endswith("holds the images")
+    assert refuse("prepare", "folder", tmp_path, "--out", tmp_path / "new").startswith(f"{tmp_path}: no images here; ")
+
+
+def test_a_batch_larger_than_the_data(tiny: Path, tmp_path: Path, refuse: Refuse) -> None:
+    train = ["train", tiny, f"training.run={tmp_path}/new"]
+    assert refuse(*train, "training.batch_size=1800").startswith("training.batch_size 1800: larger than the ")
+    assert call(*train) == 0  # nothing keeps the corrected one from it
+
+
+def test_one_unreadable_image_is_skipped_and_counted(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    hand = hand_made(tmp_path / "hand", bad=7)
+    assert call("shards", "read", hand, "--batch-size", 16) == 0
+    keys = json.loads(capsys.readouterr().out.splitlines()[0])["keys"]
+    assert len(keys) == 16
+    assert "image7" not in keys
+    assert f"{hand}/train-000000.tar: sample image7 cannot be read (" in caplog.text
+
+    new = tmp_path / "new"
+    settings = ["training.images=64", "training.batch_size=16", "logging.every=16", "evaluation.samples=100"]
+    assert call("train", tiny, f"data.url={hand}", f"training.run={new}", *settings) == 0
+    lines = [json.loads(line) for line in (new / "metrics.jsonl").read_text().splitlines()]
+    assert [line["data/bad_samples"] for line in lines if "data/bad_samples" in line] == [1, 1, 1, 1]
+
+
+def hand_made(folder: Path, *, bad: int) -> Path:
+    """A data set as anybody may write it, one image of which is none."""
+    folder.mkdir()
+    shards = []
+    for split in ("train", "test"):
+        file = folder / f"{split}-000000.tar"
+        with tarfile.open(file, "w") as tar:
+            for number in range(16):
+                image = picture_file(folder / "image.png", size=8, seed=number)
+                if (split, number) == ("train", bad):
+                    image.write_bytes(b"no image")
+                tar.add(image, f"image{number}.png")
+                image.unlink()
+        data = file.read_bytes()
+        digest = hashlib.sha256(data).hexdigest()
+        shards.append({"url": file.name, "split": split, "samples": 16, "bytes": len(data), "sha256": digest})
+    index = {"source": "hand", "channels": 1, "height": 8, "width": 8, "classes": [], "shards": shards}
+    (folder / "index.json").write_text(json.dumps(index))
+    return folder
+
+
+def picture_file(path: Path, *, size: int, seed: int = 0) -> Path:
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size, size), np.uint8)).save(path)
+    return path
+
+
+def test_object_stores_that_do_not_answer_as_hoped(
+    s3: str, tiny: Path, tmp_path: Path, refuse: Refuse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    new = f"training.run={tmp_path}/new"
+    assert refuse("prepare", "digits", "--out", f"{s3}-not/digits") == (
+        f"{s3}-not/digits/train-000000.tar: the bucket does not exist; create it or correct the URL"
+    )
+    assert refuse("train", tiny, new, f"data.url={s3}-not").startswith(f"{s3}-not/index.json: ")
+    assert refuse("train", tiny, f"training.run={s3}-not/run").startswith(f"{s3}-not/run/")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    forget_clients()
+    for arguments, place in (
+        (["prepare", "digits", "--out", f"{s3}/digits"], "digits/index.json"),
+        (["train", tiny, new, f"data.url={s3}/digits"], "digits/index.json"),
+        (["train", tiny, f"training.run={s3}/run"], "run/config.toml"),
+        (["evaluate", f"{s3}/run"], "run/config.toml"),
+        (["train", f"{s3}/config.toml"], "config.toml"),
+    ):
+        assert refuse(*arguments) == (
+            f"{s3}/{place}: access denied; check the credentials and the permissions of this URL"
+        )
+
+
+# --- disks, pipes and signals
+
+
+def test_a_full_disk_leaves_the_older_checkpoint(tiny: Path, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "none", disk], check=False, capture_output=True
+    ).returncode:
+        pytest.skip("mounting needs root")
+    try:
+        run, images = disk / "run", "training.images=640"
+        assert call("train", tiny, f"training.run={run}", "training.images=160") == 0
+        before = contents(run / "checkpoints")
+        (disk / "others").write_bytes(bytes(shutil.disk_usage(disk).free - 2**16))
+
+        done = process("train", tiny, f"training.run={run}", images)
+        assert (done.returncode, done.stdout, "Traceback" in done.stderr) == (2, "", False)
+        assert done.stderr.splitlines()[-1].startswith("aaae: the checkpoint after 320 images could not be saved: ")
+        assert done.stderr.rstrip().endswith(": no space left; free some, or choose another place")
+        assert contents(run / "checkpoints").items() >= before.items()
+        assert call("sample", run, "--checkpoint", "000000000160", "--out", tmp_path / "out.npz") == 0
+
+        (disk / "others").unlink()
+        assert call("train", tiny, f"training.run={run}", images) == 0
+        assert [path.name for path in sorted((run / "checkpoints").iterdir())] == ["000000000480", "000000000640"]
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_results_that_nobody_takes(digits: str) -> None:
+    line = [*AAAE, "shards", "read", digits, "--batch-size", "64", "--count", "1000000"]
+    with subprocess.Popen(line, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as reader:
+        assert reader.stdout
+        assert reader.stderr
+        assert json.loads(reader.stdout.readline())["batch"] == 0
+        reader.stdout.close()  # as `| head -1` does
+        assert reader.stderr.read() == b""
+        assert reader.wait(60) == 128 + signal.SIGPIPE
+    line = [*AAAE, "shards", "read", digits, "--batch-size", "64", "--count", "1"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(line, env=ENVIRONMENT, stdout=full, stderr=subprocess.PIPE, check=False)
+    assert done.returncode == 2
+    assert done.stderr == b"aaae: stdout: no space left; free some, or choose another place\n"
+
+
+def test_an_interrupted_training_saves_and_ends_quietly(tiny: Path, tmp_path: Path) -> None:
+    settings = [f"training.run={tmp_path}/new", "training.images=100_000_000", "logging.every=160"]
+    line = [*AAAE, "train", str(tiny), *settings]
+    with subprocess.Popen(line, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as training:
+        assert training.stdout
+        assert training.stderr
+        assert "of 100,000,000 images" in training.stderr.readline()
+        training.send_signal(signal.SIGINT)
+        said = training.stderr.read()
+        assert (training.wait(60), training.stdout.read()) == (0, "")
+        assert "Traceback" not in said
+    assert len(list((tmp_path / "new" / "checkpoints").glob("*/COMPLETE"))) == 1
+
+
+# --- results
+
+
+def test_evaluate(run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert call("evaluate", run, "--json") == 0
+    out, err = capsys.readouterr()
+    found = json.loads(out)
+    assert not err
+    assert (found.pop("run"), found.pop("checkpoint"), found.pop("images")) == (str(run), "000000000320", 320)
+    last = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][-1]
+    assert found == pytest.approx({name: last[name] for name in found})  # what the training said at its end
+    assert call("evaluate", run, "--checkpoint", "000000000160") == 0
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert first == f"{run}, averaged networks after 160 images"
+    assert [line.split()[0] for line in lines] == list(found)
+    monkeypatch.setattr("aaae_dist.evaluation.evaluate", lambda model, **_: [("psnr", math.inf)])
+    assert call("evaluate", run, "--json") == 0
+    assert capsys.readouterr().out.endswith('"psnr": null}\n')  # JSON knows no infinity
+
+
+def images_of(path: Path) -> np.ndarray:
+    with np.load(path) as archive:
+        assert archive.files == ["images"]
+        images = archive["images"]
+    assert images.dtype == np.uint8
+    return images
+
+
+def test_sample(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def sample(name: str, count: int, *arguments: object) -> Path:
+        path = tmp_path / name
+        assert call("sample", run, "--out", path, "--count", count, *arguments) == 0
+        assert capsys.readouterr() == (f"{path}: {count} images\n", "")
+        return path
+
+    capsys.readouterr()
+
+    many = images_of(sample("many.npz", 260))
+    assert many.shape == (260, 8, 8, 1)
+    assert len(np.unique(many, axis=0)) > 200
+    few = images_of(sample("few.npz", 3))
+    assert (np.abs(few.astype(int) - many[:3]) <= 1).all()  # but for rounding: other sizes of batch, other kernels
+    assert sample("again.npz", 3).read_bytes() == (tmp_path / "few.npz").read_bytes()
+    assert (images_of(sample("other.npz", 3, "--seed", 1)) != few).any()
+    older = images_of(sample("older.npz", 3, "--checkpoint", "000000000160"))
+    assert (older != few).any()
+    with Image.open(sample("grid.png", 5)) as grid:
+        assert (grid.mode, grid.size) == ("L", (3 * 36, 2 * 36))
+
+
+def test_reconstruct(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small, large = (picture_file(tmp_path / f"{size}.png", size=size) for size in (8, 40))
+    Image.open(large).convert("RGB").save(tmp_path / "large.jpg")
+    files = [small, large, tmp_path / "large.jpg"]
+    assert call("reconstruct", run, *files, "--out", tmp_path / "out.npz") == 0
+    assert capsys.readouterr() == (f"{tmp_path}/out.npz: 3 images\n", "")
+    images = images_of(tmp_path / "out.npz")
+    assert images.shape == (3, 8, 8, 1)
+    assert call("reconstruct", run, *files, "--out", tmp_path / "out.png") == 0
+    with Image.open(tmp_path / "out.png") as pairs:
+        assert pairs.size == (3 * 36, 2 * 36)
+        above = np.asarray(pairs)[:32:4, :32:4]
+        below = np.asarray(pairs)[36:68:4, :32:4]
+    with Image.open(small) as original:
+        assert (above == np.asarray(original)).all()
+    assert (below == images[0, :, :, 0]).all()
+
+
+def test_shards_read(digits: str, capsys: pytest.CaptureFixture[str]) -> None:
+    def read(*arguments: object) -> list[dict]:
+        assert call("shards", "read", digits, "--batch-size", 24, *arguments) == 0
+        return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+    whole = read("--count", 70)  # more than one epoch
+    assert [list(line) for line in whole] == [["batch", "keys"]] * 70
+    assert [line["batch"] for line in whole] == list(range(70))
+    for world in (2, 12):  # 12 ranks, and 9 shards
+        ranks = [read("--count", 70, "--world", world, "--rank", rank) for rank in range(world)]
+        for line, *parts in zip(whole, *ranks, strict=True):
+            assert [key for part in parts for key in part["keys"]] == line["keys"]
+    assert read("--start", 66, "--count", 4, "--workers", 2) == whole[66:]
+    assert read("--count", 2, "--seed", 1) != whole[:2]
+
+
+def test_prepare(tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> None:
+    photos = tmp_path / "photos"
+    for number in range(4):
+        (photos / "ab"[number % 2]).mkdir(parents=True, exist_ok=True)
+        picture_file(photos / "ab"[number % 2] / f"{number}.png", size=20, seed=number)
+    (photos / "a" / "broken.jpg").write_bytes(b"no image")
+    out = tmp_path / "out"
+    assert call("prepare", "folder", photos, "--size", 16, "--channels", 1, "--out", out) == 0
+    said, err = capsys.readouterr()
+    assert not err
+    assert said.startswith(f"{out}: ")
+    assert said.endswith(" held out, 1 x 16 x 16, in 2 shards; 1 unreadable\n") or "1 unreadable" in said
+    assert "cannot be read and is left out" in caplog.text
+    assert json.loads((out / "index.json").read_text())["classes"] == ["a", "b"]

@@ -1,0 +1,94 @@
+"""The README's commands, run as they stand but for shorter trainings, in a folder of their own."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_sources import write_mnist
+from training_runs import ROOT, environment
+
+BIN = Path(sys.executable).parent
+SHORT = (
+    "training.images=128 training.batch_size=32 training.precision=no model.width=4 model.latent_width=16 "
+    "evaluation.samples=100 data.bad_share=0"
+)
+BLOCKS = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
+
+
+@pytest.fixture
+def workplace(tmp_path) -> Path:
+    """A folder with the project's configs and launch files, photos, and MNIST's files in small."""
+    for name in ("configs", "launch"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    draws = np.random.default_rng(0)
+    for kind, names in {"cats": ["tom"], "dogs": ["rex"]}.items():
+        (tmp_path / "photos" / kind).mkdir(parents=True)
+        for name in [*names, *(f"{i:02d}" for i in range(30))]:
+            pixels = draws.integers(0, 256, (70, 90, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "photos" / kind / f"{name}.jpg")
+    (tmp_path / "mnist").mkdir()
+    write_mnist(tmp_path / "mnist", "t10k", count=60)
+    return tmp_path
+
+
+def block_with(text: str) -> str:
+    (found,) = [block for block in BLOCKS if text in block]
+    return found
+
+
+def size_of(path: Path) -> tuple[int, int]:
+    with Image.open(path) as image:
+        return image.size
+
+
+def run(script: str, folder: Path, **more: str) -> subprocess.CompletedProcess:
+    """A block of the README in a shell that stops at the first failure; trainings are short."""
+    script = re.sub(r"(train configs/\w+\.toml)", rf"\1 {SHORT}", script)
+    variables = environment() | more | {"PATH": f"{BIN}:{os.environ['PATH']}"}
+    shell = ["bash", "-euo", "pipefail", "-c", script]
+    done = subprocess.run(shell, cwd=folder, env=variables, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def test_your_own_images(workplace):
+    run(block_with("prepare folder"), workplace)
+    assert size_of(workplace / "samples.png") == (10 * 68, 10 * 68)
+    assert size_of(workplace / "pairs.png") == (2 * 68, 2 * 68)
+    assert json.loads((workplace / "store/photos/index.json").read_text())["classes"] == ["cats", "dogs"]
+
+
+def test_everything_in_an_object_store(workplace, s3):
+    run(block_with("s3://bucket/runs").replace("s3://bucket", s3), workplace, XDG_CACHE_HOME=str(workplace / "cache"))
+    done = run(f"aaae sample {s3}/runs/mnist --count 3 --out {s3}/three.npz", workplace)
+    assert "three.npz: 3 images" in done.stdout
+    assert list((workplace / "cache").rglob("*.tar"))
+    assert not (workplace / "runs").exists()
+
+
+def test_the_demo_and_what_follows(workplace):
+    """`make demo` is this script once all is installed; the README's launch line and `track sync` follow it."""
+    first = run(f"launch/demo.sh {BIN} {SHORT}", workplace)
+    assert "latent/frechet_over_trace" in first.stdout
+    picture = re.search(r"samples and reconstructions +(\S+)", first.stdout)[1]
+    assert size_of(workplace / picture) == (2 * (10 * 36 + 16), 10 * 36)
+    assert (workplace / "runs/digits/mlflow_run_id").read_text().strip() in first.stdout
+    again = run(block_with("accelerate launch"), workplace)
+    assert "nothing is left to do" in again.stderr
+    assert "MLflow has all" in run(block_with("track sync"), workplace).stdout
+
+
+def test_every_block_is_accounted_for():
+    """What is not run above is `make demo` and `make test`, which run this."""
+    known = ("prepare folder", "s3://bucket/runs", "accelerate launch", "track sync", "make demo", "make test")
+    assert [block for block in BLOCKS if not any(text in block for text in known)] == []
+    makefile = (ROOT / "Makefile").read_text()
+    assert "launch/demo.sh $(BIN)" in makefile
+    assert "make test" in (ROOT / ".ci/run").read_text()

@@ -1,0 +1,216 @@
+"""Files whole or not at all, and one line for whatever goes wrong, on real disks and a real store."""
+
+import multiprocessing
+import os
+import subprocess
+import threading
+import traceback
+from pathlib import Path
+
+import pytest
+import s3fs
+from conftest import forget_clients, refused
+
+from aaae_dist import storage
+from aaae_dist.errors import UserError
+
+NAMES = ["a", "with space", "ünïcödé 🙂", "100% #1 [x] a+b=c&d?", "x" * 200, "deep/er/file.tar"]
+DENIED = "access denied; check the credentials and the permissions of this URL"
+
+
+@pytest.fixture(params=["local", "memory", "s3"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """URL of an empty folder of each kind of store."""
+    if request.param == "s3":
+        return request.getfixturevalue("s3") + "/some/folder"
+    return str(tmp_path / "folder") if request.param == "local" else f"memory://{tmp_path}"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_written_is_read_listed_and_removed(place, name):
+    url = storage.join(place, name)
+    assert not storage.exists(url)
+    assert storage.listing(place) == {}
+    for data in (b"first", os.urandom(100_000), b""):  # each replaces the one before
+        storage.write(url, data)
+        assert storage.exists(url)
+        assert storage.read(url) == data
+        assert storage.listing(url.rpartition("/")[0]) == {url.rpartition("/")[2]: len(data)}
+    storage.remove(url)
+    storage.remove(url)  # nothing there: nothing happens
+    assert not storage.exists(url)
+
+
+def test_listing_is_of_one_folder_and_removal_of_all_below(place):
+    files = {"b.tar": b"22", "a.tar": b"1", "sub/c.tar": b"333", "sub/deep/d": b"4"}
+    for name, data in files.items():
+        storage.write(storage.join(place, name), data)
+    storage.write(place + "-other", b"stays")  # its name only begins like the folder's
+    assert list(storage.listing(place + "/")) == ["a.tar", "b.tar", "sub"]
+    assert storage.listing(place)["b.tar"] == 2
+    assert storage.listing(place + "/b.tar") == {}  # no folder
+    assert storage.listing(place + "/sub")["c.tar"] == 3
+    storage.remove(place)
+    assert storage.listing(place) == {}
+    assert not any(storage.exists(storage.join(place, name)) for name in files)
+    assert storage.read(place + "-other") == b"stays"
+
+
+@pytest.mark.parametrize("pattern", ["a*", "a?", "[ab]b", "**"])
+def test_removal_takes_no_pattern(place, pattern):
+    for name in ("ab", "ac/x", pattern + "/x"):
+        storage.write(storage.join(place, name), b"")
+    storage.remove(storage.join(place, pattern))
+    assert set(storage.listing(place)) == {"ab", "ac"}
+
+
+def test_json_round_trip_damage_and_absence(place):
+    value = {"text": "ünï\n", "list": [1, 2.5, None, True], "deep": {"a": {}}}
+    storage.write_json(place + "/x.json", value)
+    assert storage.read_json(place + "/x.json") == value
+    for data in (b"", b"{", b"\xff\xfe", storage.read(place + "/x.json")[:-9]):
+        storage.write(place + "/x.json", data)
+        with refused(rf"{place}/x\.json: not JSON \({len(data)} bytes\); it is damaged"):
+            storage.read_json(place + "/x.json")
+    with refused(f"{place}/none: no such file; check the URL$"):
+        storage.read_json(place + "/none")
+
+
+@pytest.mark.parametrize("failure", [OSError(5, "I/O error"), KeyboardInterrupt()])
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_failing_write_leaves_the_old_file_and_no_litter(tmp_path, monkeypatch, failure, call):
+    def fail(*_):
+        raise failure
+
+    storage.write(str(tmp_path / "file"), b"old")
+    monkeypatch.setattr(*((os, call) if call == "fsync" else (Path, call)), fail)
+    with pytest.raises((UserError, KeyboardInterrupt)):
+        storage.write(str(tmp_path / "file"), b"new")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"file": b"old"}
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    calls, fsync, replace = [], os.fsync, Path.replace
+    monkeypatch.setattr(os, "fsync", lambda file: (calls.append(os.readlink(f"/proc/self/fd/{file}")), fsync(file)))
+    monkeypatch.setattr(Path, "replace", lambda self, to: (calls.append("replace"), replace(self, to)))
+    storage.write(str(tmp_path / "file"), b"data")
+    assert calls[0].endswith(".partial")
+    assert calls[1:] == ["replace", str(tmp_path)]
+
+
+def test_readers_and_writers_at_once_see_whole_files(tmp_path):
+    url = str(tmp_path / "file")
+    storage.write(url, bytes(100_000))
+    writers = [
+        threading.Thread(target=lambda n=n: [storage.write(url, bytes([n]) * 100_000) for _ in range(20)])
+        for n in range(3)
+    ]
+    for writer in writers:
+        writer.start()
+    while any(writer.is_alive() for writer in writers):
+        data = storage.read(url)
+        assert len(data) == 100_000
+        assert len(set(data)) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_full_and_read_only_disks_are_one_line_and_lose_nothing(full_disk):
+    storage.write(f"{full_disk}/old", b"old" * 1000)
+    for name in ("old", "new", "folder/new"):
+        with refused(f"{full_disk}/{name}: no space left; free some, or choose another place$"):
+            storage.write(f"{full_disk}/{name}", os.urandom(100_000))
+    assert storage.read(f"{full_disk}/old") == b"old" * 1000
+    assert storage.listing(str(full_disk)).keys() == {"folder", "old"}
+    subprocess.run(["mount", "-o", "remount,ro", full_disk], check=True)
+    with refused(f"{full_disk}/new: the file system is read-only; choose another place$"):
+        storage.write(f"{full_disk}/new", b"new")
+
+
+def test_permission_denied_is_one_line(tmp_path):
+    url = str(tmp_path / "file")
+    storage.write(url, b"old")
+    tmp_path.chmod(0o000)
+    user = os.geteuid()
+    os.seteuid(65534 if user == 0 else user)  # root may do everything, nobody may not
+    try:
+        for operation in (lambda: storage.read(url), lambda: storage.write(url, b"new")):
+            with refused(f"{url}: {DENIED}$"):
+                operation()
+    finally:
+        os.seteuid(user)
+        tmp_path.chmod(0o700)
+    assert storage.read(url) == b"old"
+
+
+@pytest.mark.parametrize(("url", "words"), [("nosuch://x/y", "Protocol not known: nosuch"), ("gcs://b/x", "gcsfs")])
+def test_unknown_protocol_is_one_line(url, words):
+    with refused(rf"{url[:3]}\w*://: .*{words}.*; install the package that provides it"):
+        storage.read(url)
+
+
+def test_whatever_else_goes_wrong_is_one_line(tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    for operation in (lambda: storage.write(f"{tmp_path}/file/x", b""), lambda: storage.read(str(tmp_path))):
+        with refused(rf"{tmp_path}.*; check the URL and the store$"):
+            operation()
+    with refused("s3://b/x: two lines; check the URL and the store$"), storage.explained("s3://b/x"):
+        raise RuntimeError("two\n  lines\n")
+
+
+FAULTS = {
+    "wrong secret": ({"AWS_SECRET_ACCESS_KEY": "hush" * 10}, DENIED),
+    "unknown key": ({"AWS_ACCESS_KEY_ID": "AKIAHUSHHUSHHUSHHUSH"}, DENIED),
+    "no credentials": (
+        {"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""},
+        "no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or a role",
+    ),
+    "closed port": (
+        {"AWS_ENDPOINT_URL": "http://127.0.0.1:9"},
+        "the store does not answer; check that it is up and that AWS_ENDPOINT_URL, if set, is right",
+    ),
+}
+OPERATIONS = [storage.read, lambda url: storage.write(url, b"new"), storage.exists, storage.listing, storage.remove]
+
+
+@pytest.mark.timeout(60)  # 30 s for each of two; the defaults of the clients would try for minutes
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_faulty_store_is_one_line_without_credentials(s3, monkeypatch, fault):
+    variables, words = FAULTS[fault]
+    storage.write(s3 + "/file", b"old")
+    with monkeypatch.context() as broken:
+        broken.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        for name, value in variables.items():
+            broken.setenv(name, value) if value else broken.delenv(name)
+        forget_clients()
+        for operation in OPERATIONS[: 2 if fault == "closed port" else None]:
+            with refused(f"{s3}/file: {words}$") as caught:
+                operation(s3 + "/file")
+            told = "".join(traceback.format_exception(caught.value))  # with what lies beneath
+            for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+                assert os.environ.get(name, "none") not in told
+    forget_clients()
+    assert storage.read(s3 + "/file") == b"old"
+
+
+def test_missing_bucket_is_one_line(s3):
+    for operation in OPERATIONS[:2]:
+        with refused("s3://no-such-bucket/file: the bucket does not exist; create it or correct the URL$"):
+            operation("s3://no-such-bucket/file")
+    assert not storage.exists("s3://no-such-bucket/file")
+
+
+def test_what_others_write_is_seen_at_once(s3):
+    for number in range(3):
+        s3fs.S3FileSystem(skip_instance_cache=True).pipe_file(f"{s3}/{number}", b"data")
+        assert storage.exists(f"{s3}/{number}")
+        assert len(storage.listing(s3)) == number + 1
+
+
+def test_a_forked_process_reads_with_a_client_of_its_own(s3):
+    storage.write(s3 + "/file", b"data")
+    child = multiprocessing.get_context("fork").Process(
+        target=lambda: os._exit(0 if storage.read(s3 + "/file") == b"data" else 1)
+    )
+    child.start()
+    child.join(60)
+    assert child.exitcode == 0

@@ -1,0 +1,299 @@
+"""Properties of whole trainings: as many ranks as you like, killed and resumed, asked to stop, numbers gone bad."""
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from training_runs import ROOT, command, environment, final, settings, train
+
+from aaae_dist import checkpoint
+from aaae_dist.config import Config, load_config
+from aaae_dist.errors import UserError
+from aaae_dist.schedule import averaging_rate, learning_rate
+from aaae_dist.stopping import StopRequest
+from aaae_dist.training import Trainer
+
+
+def trainer_for(*arguments: str) -> Trainer:
+    AcceleratorState._reset_state(reset_partial_state=True)  # accelerate keeps one precision per process
+    return Trainer(load_config(arguments), stop=StopRequest())
+
+
+def train_here(*arguments: str) -> None:
+    trainer_for(*arguments).train()
+
+
+def lines(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+# --- schedules
+
+
+def configured(**training) -> Config:
+    data, model = {"url": "x", "channels": 1, "size": 8}, {"width": 1, "code_size": 1, "noise_size": 1}
+    defaults = {"run": "x", "images": 1000, "batch_size": 10}
+    return Config.model_validate({"data": data, "model": model, "training": defaults | training})
+
+
+def test_learning_rate_rises_and_falls_with_the_images():
+    training = configured(warmup=100, final_rate=0.1).training
+    assert learning_rate(training, 0) == pytest.approx(10 / 110)
+    assert learning_rate(training, 100) == 1.0
+    assert learning_rate(training, 550) == pytest.approx(0.55)
+    assert learning_rate(training, 1000) == pytest.approx(0.1)
+    rates = [learning_rate(training, images) for images in range(0, 1000, 10)]
+    assert rates == sorted(rates[:11]) + sorted(rates[11:], reverse=True)
+
+
+def test_averages_halve_what_was_before_in_a_half_life():
+    training = configured(average_half_life=100.0).training
+    kept = 1.0
+    for images in range(5000, 5100, 10):
+        kept *= 1 - averaging_rate(training, images)
+    assert kept == pytest.approx(0.5)
+    assert averaging_rate(training, 10) == pytest.approx(1 - 0.5**12)  # the first average is nearly the weights
+    assert averaging_rate(configured(average_half_life=0.0).training, 500) == 1.0
+
+
+# --- the same training however it is cut
+
+
+@pytest.mark.parametrize(("double", "tolerance"), [(False, 1e-5), (True, 1e-10)], ids=["float32", "float64"])
+def test_one_process_equals_two_and_micro_batches(tmp_path, digits, double, tolerance):
+    """Every tensor of the networks and their averages, to a share of its norm, after 20 steps."""
+    ways = {"one": (1, "0"), "two": (2, "0"), "four_parts": (1, "16"), "two_by_two": (2, "16")}
+    found = {}
+    for name, (processes, micro) in ways.items():
+        run = tmp_path / name
+        options = settings(run, digits, f"training.micro_batch_size={micro}", "checkpoint.every=0")
+        train(*options, processes=processes, double=double)
+        found[name] = {key: value for key, value in final(run).items() if not key.startswith("optimizer/")}
+        evaluated = next(line for line in reversed(lines(run)) if "latent/frechet_over_trace" in line)
+        found[name]["evaluation"] = torch.tensor([v for k, v in evaluated.items() if "/" in k])
+    for name, tensors in found.items():
+        for key, value in found["one"].items():
+            limit = 1e-4 if key == "evaluation" else tolerance
+            assert (tensors[key] - value).norm() <= limit * value.norm(), (name, key)
+
+
+def test_ranks_see_the_same_statistics_and_one_line_of_metrics(tmp_path, digits):
+    train(*settings(tmp_path / "run", digits), processes=2)
+    found = lines(tmp_path / "run")
+    assert [line["images"] for line in found] == [320, 640, 960, 1280, 1280]
+    first = found[0]
+    networks = {"encoder", "decoder", "latent_generator", "latent_critic", "image_critic"}
+    assert {name.split("/")[1] for name in first if name.startswith("gradient_norm/")} == networks
+    assert {name.split("/")[1] for name in first if name.startswith("learning_rate/")} == networks
+    for name in ("latent_critic/margin", "image_critic/accuracy", "codes/rms", "codes/effective_rank"):
+        assert isinstance(first[name], float)
+    assert first["speed/images_per_second"] > 0
+    assert first["speed/data_wait_seconds"] >= 0
+    assert 1 <= first["codes/effective_rank"] <= 8
+
+
+# --- killed, stopped, resumed
+
+
+def run_quietly(arguments: list[str]) -> None:
+    torch.set_num_threads(1)
+    train_here(*arguments)
+
+
+def test_killed_at_twenty_random_moments_it_ends_with_the_same_bits(tmp_path, digits):
+    """SIGKILL loses at most the work since the last checkpoint; the same command again goes on to the same bits."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    length = "training.images=51_200"
+    processes, randomness = multiprocessing.get_context("forkserver"), random.Random(0)
+    processes.set_forkserver_preload(["aaae_dist.training"])
+
+    def start(run: Path, *more: str) -> multiprocessing.Process:
+        process = processes.Process(target=run_quietly, args=(settings(run, digits, length, *more),))
+        process.start()
+        return process
+
+    start(whole, "checkpoint.every=0").join(300)
+    began = time.monotonic()
+    start(tmp_path / "one_step", "training.images=64").join(300)
+    seconds, reached = time.monotonic() - began, [0]
+    for _ in range(20):
+        process = start(parts, "checkpoint.every=64")  # at every step, so that many kills meet a save
+        process.join(randomness.uniform(0.0, 2 * seconds))
+        at_least = [int(name) for name in checkpoint.complete(str(parts))]
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, "it must be killed, not finished"
+        reached.append(int((checkpoint.complete(str(parts)) or ["0"])[-1]))
+        assert reached[-1] >= max(reached[:-1] + at_least), "nothing that was saved is lost"
+    assert len(set(reached)) > 5, "the kills must land while it trains"
+    train_here(*settings(parts, digits, length, "checkpoint.every=64"))
+    assert_same_bits(final(parts), final(whole))
+    ours, theirs = ([(line["images"], *line) for line in lines(run)] for run in (parts, whole))
+    assert ours == theirs, "every line of metrics once, in order"
+
+
+def assert_same_bits(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        assert torch.equal(ours[name], value), name
+
+
+def wait_for(condition, process: subprocess.Popen, *, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def workers_of(launcher: int) -> list[int]:
+    """The training processes below a launcher, by rank."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and f"PPid:\t{launcher}\n" in (entry / "status").read_text():
+            environment = (entry / "environ").read_bytes().split(b"\0")
+            rank = [value for value in environment if value.startswith(b"RANK=")]
+            if rank:
+                found[int(rank[0][5:])] = int(entry.name)
+    return [found[rank] for rank in sorted(found)]
+
+
+@contextmanager
+def launched(run: Path, digits: str, *more: str) -> Iterator[subprocess.Popen]:
+    """A training on two processes that would go on for ever, and has begun."""
+    arguments = settings(run, digits, "training.images=10_000_000", "logging.every=640", *more)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    launcher = subprocess.Popen(command(*arguments, processes=2), env=environment(), cwd=ROOT, **pipes)
+    try:
+        wait_for(lambda: (run / "metrics.jsonl").exists() and lines(run), launcher)
+        yield launcher
+    finally:
+        if launcher.poll() is None:
+            for pid in [*workers_of(launcher.pid), launcher.pid]:
+                os.kill(pid, signal.SIGKILL)
+        launcher.communicate()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_one_rank_asked_to_stop_all_save_at_the_same_step_and_leave(tmp_path, digits, number):
+    run = tmp_path / "run"
+    with launched(run, digits, "checkpoint.every=0") as launcher:
+        os.kill(workers_of(launcher.pid)[1], number)
+        _, said = launcher.communicate(timeout=60)
+    assert launcher.returncode == 0, said
+    (name,) = checkpoint.complete(str(run))
+    saved = checkpoint.read(str(run), name)
+    assert saved.progress["images"] == int(name) < 10_000_000
+    assert int(name) % 64 == 0
+    train(*settings(run, digits, f"training.images={int(name) + 64}", "checkpoint.every=0"), processes=2)
+    assert checkpoint.complete(str(run))[-1] == f"{int(name) + 64:012d}"
+
+
+def test_a_rank_that_dies_brings_the_others_down_with_one_line(tmp_path, digits):
+    with launched(tmp_path / "run", digits) as launcher:
+        os.kill(workers_of(launcher.pid)[1], signal.SIGKILL)
+        _, said = launcher.communicate(timeout=60)
+    assert launcher.returncode != 0
+    ours = [line for line in said.splitlines() if line.startswith("aaae: ") and "another rank is gone" in line]
+    assert len(ours) == 1
+    assert "goes on from the last checkpoint" in ours[0]
+
+
+def test_a_finished_run_has_nothing_left_to_do(tmp_path, digits, capsys):
+    arguments = settings(tmp_path / "run", digits, "training.images=128")
+    train(*arguments)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    done = train(*arguments)
+    assert "nothing is left to do" in done.stderr
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+
+
+def test_two_processes_killed_and_resumed_end_with_the_same_bits(tmp_path, digits):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train(*settings(whole, digits), processes=2)
+    arguments = settings(parts, digits)
+    launcher = subprocess.Popen(
+        command(*arguments, processes=2), env=environment(), stderr=subprocess.DEVNULL, cwd=ROOT
+    )
+    try:
+        wait_for(lambda: checkpoint.complete(str(parts)) or launcher.poll() is not None, launcher)
+    finally:
+        for pid in [*workers_of(launcher.pid), launcher.pid]:
+            os.kill(pid, signal.SIGKILL)
+        launcher.wait()
+    train(*arguments, processes=2)
+    assert_same_bits(final(parts), final(whole))
+
+
+# --- precision, bad numbers, changed settings
+
+
+def test_bf16_trains_close_to_float32(tmp_path, digits):
+    losses = {}
+    for precision in ("no", "bf16"):
+        train_here(*settings(tmp_path / precision, digits, f"training.precision={precision}"))
+        losses[precision] = lines(tmp_path / precision)[-2]
+    assert losses["bf16"]["reconstruction/mse"] == pytest.approx(losses["no"]["reconstruction/mse"], rel=0.02)
+    assert losses["bf16"]["reconstruction/mse"] != losses["no"]["reconstruction/mse"]
+
+
+@pytest.mark.parametrize("network", ["encoder", "image_critic"])
+def test_bad_numbers_stop_the_run_and_leave_the_last_checkpoint(tmp_path, digits, network):
+    run = tmp_path / "run"
+    train_here(*settings(run, digits, "training.images=640"))
+    kept = final(run)
+    trainer = trainer_for(*settings(run, digits, "checkpoint.every=64"))
+    with torch.no_grad():
+        next(getattr(trainer.game, network).parameters()).fill_(float("inf"))
+    with pytest.raises(UserError, match=r"is not finite after 704 images.*the last checkpoint is untouched"):
+        trainer.train()
+    assert checkpoint.complete(str(run))[-1] == f"{640:012d}"
+    assert_same_bits(final(run), kept)
+
+
+@pytest.mark.parametrize("change", ["model.width=8", "optimizer.encoder.lr=0.1", "training.seed=3", "data.lanes=4"])
+def test_another_configuration_in_the_same_run_is_refused(tmp_path, digits, change):
+    run = tmp_path / "run"
+    train_here(*settings(run, digits, "training.images=128"))
+    kept = final(run)
+    with pytest.raises(UserError, match=rf"{change.split('=')[0]} .*the run in .* was begun with"):
+        train_here(*settings(run, digits, "training.images=256", change))
+    assert_same_bits(final(run), kept)
+
+
+def test_gradients_are_clipped_network_by_network(tmp_path, digits):
+    norms = {}
+    for clip in (0.0, 0.05):
+        trainer, seen = trainer_for(*settings(tmp_path / str(clip), digits, f"optimizer.clip={clip}")), []
+        step, networks = trainer.optimizer.step, trainer.networks.values()
+
+        def record(step=step, networks=networks, seen=seen):
+            seen.append([torch.nn.utils.get_total_norm([w.grad for w in weights]).item() for weights in networks])
+            step()
+
+        trainer.optimizer.step = record
+        trainer.train()
+        norms[clip] = torch.tensor(seen)
+    assert norms[0.0].max() > 0.05
+    assert norms[0.05].max() <= 0.05 * (1 + 1e-4)
+    free = norms[0.0][0] > 0.05
+    torch.testing.assert_close(norms[0.05][0][free], torch.full((int(free.sum()),), 0.05), rtol=1e-3, atol=0)
+    torch.testing.assert_close(norms[0.05][0][~free], norms[0.0][0][~free])
+
+
+def test_a_plain_autoencoder_goes_through_the_same_loop(tmp_path, digits):
+    run = tmp_path / "run"
+    train_here(*settings(run, digits, "model.method=autoencoder"))
+    first, last = lines(run)[0], lines(run)[-2]
+    assert last["reconstruction/mse"] < first["reconstruction/mse"]
+    assert not any(name.startswith(("latent_critic", "image_critic")) for name in last)
