@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 
 Pixels = UInt8[Tensor, "batch channels height width"]
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "pgm", "ppm")
+KEPT_BYTES = 1 << 26  # a split that takes no more than 64 MB decoded is decoded once
 FORGIVEN = 10  # unreadable samples that stop no run, however small the data set
 
 
@@ -76,6 +77,7 @@ class Reader:
         self.members: dict[int, list[dict[str, tuple[int, int]]]] = {}
         self.locks = [threading.Lock() for _ in self.shards]
         self.bad: set[tuple[int, int]] = set()
+        self.kept: dict[tuple[int, int], tuple[np.ndarray, str, int | None]] = {}
 
     @property
     def counts(self) -> list[int]:
@@ -99,13 +101,15 @@ class Reader:
         images = np.empty((len(samples), self.data.channels, self.data.size, self.data.size), np.uint8)
         keys, labels = [], []
         for row, (shard, number) in enumerate(samples):
-            key, label = self.read_into(images[row].transpose(1, 2, 0), shard, number)
+            images[row], key, label = self.kept.get((shard, number)) or self.read(shard, number)
             keys.append(key)
             labels.append(label)
         return Batch(torch.from_numpy(images), keys, labels, epoch, position)
 
-    def read_into(self, pixels: np.ndarray, shard: int, number: int) -> tuple[str, int | None]:
+    def read(self, shard: int, number: int) -> tuple[np.ndarray, str, int | None]:
+        """Pixels (channels, height, width), key and label of a sample, or of the next readable one of its shard."""
         count = self.shards[shard].samples
+        pixels = np.empty((self.data.size, self.data.size, self.data.channels), np.uint8)
         self.open(shard)
         for candidate in range(number, number + count):
             member = self.members[shard][candidate % count]
@@ -115,7 +119,10 @@ class Reader:
             except UNREADABLE as error:
                 self.note_bad(shard, candidate % count, error)
                 continue
-            return self.names[shard][candidate % count], label
+            sample = pixels.transpose(2, 0, 1), self.names[shard][candidate % count], label
+            if len(self) * pixels.nbytes <= KEPT_BYTES:
+                self.kept[shard, number] = sample
+            return sample
         raise UserError(f"{self.place(shard)}: none of its {count} samples can be read; prepare the data set anew")
 
     def note_bad(self, shard: int, number: int, error: Exception) -> None:
@@ -136,12 +143,8 @@ class Reader:
             )
 
     def decode_into(self, pixels: np.ndarray, shard: int, member: dict[str, tuple[int, int]]) -> None:
-        extension = (
-            next(name for name in IMAGE_EXTENSIONS if name in member)
-            if not member.keys().isdisjoint(IMAGE_EXTENSIONS)
-            else ""
-        )
-        if not extension:
+        extension = next((name for name in IMAGE_EXTENSIONS if name in member), None)
+        if extension is None:
             raise ValueError(f"no image among {', '.join(member)}")
         data = self.bytes_of(shard, member[extension])
         if extension in ("jpg", "jpeg"):

@@ -124,8 +124,8 @@ def git(*words: str) -> str:
 
 def describe_code() -> dict[str, str]:
     """What runs, where and for whom."""
-    about = {"host": platform.node(), "mlflow.user": os.environ.get("USER", "?"), "mlflow.source.name": "aaae train"}
-    about["version.python"] = platform.python_version()
+    about = {"host": platform.node(), "version.python": platform.python_version(), "mlflow.source.name": "aaae train"}
+    about["mlflow.user"] = os.environ.get("USER") or str(os.getuid())
     for name in ("aaae_dist", "torch", "accelerate", "webdataset", "mlflow", "numpy"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             about[f"version.{name}"] = importlib.metadata.version(name)

@@ -115,7 +115,7 @@ class Trainer:
             {"params": weights, "name": name, "lr": 0.0, "betas": getattr(config.optimizer, name).betas}
             for name, weights in self.networks.items()
         ]
-        self.optimizer = torch.optim.Adam(groups, fused=True, eps=ADAM_EPSILON)
+        self.optimizer = torch.optim.Adam(groups, foreach=True, eps=ADAM_EPSILON)
 
         self.images, self.epoch, self.position = 0, 0, 0
         self.resume()

@@ -23,7 +23,7 @@ from aaae_dist.data import Reader, sweep, to_float
 from aaae_dist.inference import sample
 from aaae_dist.metrics import Moments, RunningMoments, frechet_distance
 
-FEATURES, EPOCHS, BATCH = 64, 20, 64
+FEATURES, STEPS, BATCH = 64, 1000, 64
 
 
 def read(data: Data, split: str) -> tuple[Tensor, Tensor]:
@@ -47,10 +47,9 @@ def fit_classifier(images: Tensor, labels: Tensor, *, seed: int) -> nn.Sequentia
         width, size = min(2 * width, 128), size // 2
     layers += [nn.Flatten(), nn.Linear(width * size * size, FEATURES), nn.ReLU()]
     model = nn.Sequential(*layers, nn.Linear(FEATURES, int(labels.max()) + 1))
-    steps = EPOCHS * len(images) // BATCH
     optimizer = torch.optim.AdamW(model.parameters(), 2e-3)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for _ in range(steps):
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
+    for _ in range(STEPS):
         chosen = torch.randint(len(images), (BATCH,))
         top, left = torch.randint(3, (2,)).tolist()
         size = images.shape[2]

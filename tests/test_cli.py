@@ -476,7 +476,12 @@ def test_results_that_nobody_takes(digits: str) -> None:
 
 
 def test_an_interrupted_training_saves_and_ends_quietly(tiny: Path, tmp_path: Path) -> None:
-    settings = [f"training.run={tmp_path}/new", "training.images=100_000_000", "logging.every=160"]
+    settings = [
+        f"training.run={tmp_path}/new",
+        "training.images=100_000_000",
+        "logging.every=160",
+        "checkpoint.every=0",
+    ]
     line = [*AAAE, "train", str(tiny), *settings]
     with subprocess.Popen(line, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as training:
         assert training.stdout
