@@ -27,8 +27,8 @@ from aaae_dist.tracking import NoTracker, Tracker
 log = logging.getLogger(__name__)
 
 # Some gradients of a paired critic are zero but for rounding, such as that of a bias behind which all samples are on
-# the same side. With the usual 1e-8 Adam would make full steps of that noise, and two ranks would drift from one process
-# by 2 % in 20 steps; with this they agree to 3e-6, and digits come out no worse.
+# the same side. With the usual 1e-8 Adam would make full steps of that noise, and two ranks would drift from one
+# process by 2 % in 20 steps; with this they agree to 3e-6, and digits come out no worse.
 ADAM_EPSILON = 1e-5
 
 # Settings that may differ when a run goes on: they say how much and how often, not what is trained.
