@@ -4,6 +4,7 @@ import hashlib
 import io
 import logging
 import os
+import resource
 import tarfile
 import threading
 import weakref
@@ -76,6 +77,7 @@ class Reader:
         self.names: dict[int, list[str]] = {}
         self.members: dict[int, list[dict[str, tuple[int, int]]]] = {}
         self.locks = [threading.Lock() for _ in self.shards]
+        allow_open_files(len(self.shards))
         self.bad: set[tuple[int, int]] = set()
         self.kept: dict[tuple[int, int], tuple[np.ndarray, str, int | None]] = {}
 
@@ -185,6 +187,13 @@ class Reader:
                     "prepare the data set anew"
                 )
             self.members[shard] = members  # last: other threads take it as a sign that all is there
+
+
+def allow_open_files(count: int) -> None:
+    """Raise this process's soft limit of open files, often 1,024, if a reader of so many shards may need more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and 2 * count + 256 > soft:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def check(index: Index, *, url: str, split: str, channels: int, size: int) -> None:

@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 import webdataset
 from PIL import Image, ImageOps
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError
 
 from aaae_dist import storage
 from aaae_dist.errors import UserError
@@ -29,8 +29,8 @@ class Shard(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     url: str
     split: str
-    samples: int
-    bytes: int
+    samples: NonNegativeInt
+    bytes: PositiveInt
     sha256: str
 
 
@@ -40,9 +40,9 @@ class Index(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     version: Literal[1] = 1
     source: str
-    channels: int
-    height: int
-    width: int
+    channels: Literal[1, 3]
+    height: PositiveInt
+    width: PositiveInt
     classes: list[str]
     shards: list[Shard]
 
@@ -104,7 +104,7 @@ def prepare(
     name: str,
     out: str,
     size: int,
-    channels: int,
+    channels: Literal[0, 1, 3],
     held_out: int,
     samples_per_shard: int,
     seed: int,

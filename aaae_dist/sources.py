@@ -6,7 +6,7 @@ import struct
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -35,7 +35,7 @@ class Source(NamedTuple):
     example: Callable[[int], Example | None]
     classes: Sequence[str]
     size: int
-    channels: int
+    channels: Literal[1, 3]
 
 
 def digits(folder: str) -> Source:

@@ -20,10 +20,12 @@ from fsspec.core import split_protocol
 
 from aaae_dist.errors import UserError
 
-# Whole-object requests with short time-outs; s3fs retries on top of these, and its defaults would wait 25 minutes.
+# A store that takes connections and never answers is given up after 3 x 2 x 20 seconds. s3fs tries again on top of
+# what botocore does; their defaults together would wait 25 minutes.
+S3_TRIES = 3
 S3_OPTIONS = {
     "use_listings_cache": False,
-    "config_kwargs": {"connect_timeout": 5, "read_timeout": 20, "retries": {"max_attempts": 2}},
+    "config_kwargs": {"connect_timeout": 5, "read_timeout": 20, "retries": {"max_attempts": 1}},
 }
 
 
@@ -32,7 +34,10 @@ def filesystem(protocol: str, pid: int) -> fsspec.AbstractFileSystem:
     """The filesystem of a protocol, one per process: clients do not survive a fork."""
     del pid
     try:
-        return fsspec.filesystem(protocol, **(S3_OPTIONS if protocol in ("s3", "s3a") else {}))
+        found = fsspec.filesystem(protocol, **(S3_OPTIONS if protocol in ("s3", "s3a") else {}))
+        if protocol in ("s3", "s3a"):
+            found.retries = S3_TRIES
+        return found
     except (ValueError, ImportError) as error:
         raise UserError(
             f"{protocol}://: {one_line(error)}; install the package that provides it, or use another URL"
