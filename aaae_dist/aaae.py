@@ -150,8 +150,7 @@ def play(
 
 @torch.no_grad()
 def refuse_coupled(name: str, critic: nn.Module, example: Float[Tensor, "4 ..."]) -> None:
-    """A critic whose verdict on a sample depends on the others in the batch makes its opponent's gradient wrong,
-    silently.
+    """Refuse a critic whose verdict on a sample depends on the others: its opponent's gradient would be silently wrong.
 
     Raises:
         ValueError: the critic uses batch statistics, such as BatchNorm's or a minibatch standard deviation.

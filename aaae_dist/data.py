@@ -237,9 +237,7 @@ def find_damage(place: str, shard: Shard, data: bytes) -> str:
 
 
 def obtain(place: str, shard: Shard, cache: Path) -> Path:
-    """The path of a local shard, or of the local copy of a remote one, downloaded if need be; either is what the index
-    promises.
-    """
+    """Path of a local shard, or of a remote one's local copy, downloaded if need be; as the index promises it."""
     if storage.is_local(place):
         path = storage.local_path(place)
     else:
@@ -256,9 +254,7 @@ def obtain(place: str, shard: Shard, cache: Path) -> Path:
 
 
 def list_samples(path: Path) -> tuple[list[str], list[dict[str, tuple[int, int]]]]:
-    """Keys of a webdataset tar, and for each sample the (offset, size) of every member by its extension, as webdataset
-    groups them.
-    """
+    """Keys of a tar's samples, grouped as webdataset does, and by extension the (offset, size) of their members."""
     names: list[str] = []
     samples: list[dict[str, tuple[int, int]]] = []
     try:

@@ -1,5 +1,4 @@
-"""The networks. None looks at more than one sample at a time: no batch statistics, so ranks and micro-batches do not
-matter.
+"""The networks. None looks at more than one sample at a time, so ranks and micro-batches do not matter.
 
 Encoders and decoders are normalised by the root mean square over channels, pixel by pixel; critics by nothing. A
 critic's last layer has no bias: a relativistic pairing compares logits, so the bias has no gradient but rounding noise,
@@ -49,8 +48,7 @@ class Stack(nn.Module):
 
 
 class Critic(nn.Module):
-    """Layers that end in features, and a last layer of one logit per sample, in float32 or wider whatever the
-    precision.
+    """Layers that end in features, and a last layer of one logit per sample, always in float32 or wider.
 
     In bfloat16 the logits' rounding would drown the finite differences of the penalties.
     """

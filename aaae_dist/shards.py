@@ -72,8 +72,7 @@ def read_index(url: str) -> Index:
 
 
 def fit(pixels: np.ndarray, *, channels: int, size: int) -> np.ndarray:
-    """Pixels as uint8 (size, size) or (size, size, 3): the short side resized (antialiased bicubic), the middle cut
-    out.
+    """Pixels as uint8 (size, size) or (size, size, 3): short side resized (antialiased bicubic), middle cut out.
 
     Smaller grey images, such as MNIST's 28 pixels, are bordered with black instead of blown up.
     """

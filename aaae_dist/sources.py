@@ -134,8 +134,7 @@ def folder(url: str) -> Source:
 
 
 def decode(data: bytes) -> np.ndarray:
-    """Pixels of an image file, upright, as uint8 (height, width) if it is grey, else (height, width, 3); alpha is
-    dropped.
+    """Pixels of an image file, upright, without alpha: uint8 (height, width) if it is grey, else (height, width, 3).
 
     Raises:
         ValueError: it cannot be read.

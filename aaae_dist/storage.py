@@ -127,9 +127,7 @@ def read_json(url: str) -> Any:
 
 
 def listing(url: str) -> dict[str, int]:
-    """Names of the files and folders right below a URL with their sizes in bytes, sorted; none if there is no such
-    folder.
-    """
+    """Names of what is right below a URL with sizes in bytes, sorted; none if there is no such folder."""
     with explained(url):
         store, path = locate(url)
         try:

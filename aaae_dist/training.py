@@ -238,9 +238,7 @@ class Trainer:
         self.progress.advance(self.images)
 
     def clip(self) -> Float[Tensor, " network"]:
-        """The gradient norm of every network; each network's gradient is scaled down to `optimizer.clip` if that is
-        set.
-        """
+        """The gradient norm of every network; if `optimizer.clip` is set, each is scaled down to it by itself."""
         limit, norms = self.config.optimizer.clip, []
         for weights in self.networks.values():
             gradients = [weight.grad for weight in weights if weight.grad is not None]
@@ -250,8 +248,9 @@ class Trainer:
         return torch.stack(norms)
 
     def heed(self) -> None:
-        """Act on what the ranks agreed on after the last step. Read one step late, so that the host never waits for a
-        device at work.
+        """Act on what the ranks agreed on after the last step.
+
+        The loop reads it one step late, so that the host never waits for a device at work.
 
         Raises:
             UserError: the loss or a gradient is not a number. The weights are lost, the checkpoints are not.
