@@ -36,6 +36,8 @@ class GenerativeAutoencoder(nn.Module):
     and the running moments of the codes turn these into codes.
     """
 
+    OPPONENTS: tuple[str, ...] = ()  # networks that only the game needs
+
     moments: Float[Tensor, "3 code"]  # of the codes, decayed: total weight, sum, sum of squares
 
     def __init__(
@@ -76,12 +78,10 @@ class GenerativeAutoencoder(nn.Module):
         return mean + deviation * self.latent_generator(noise)
 
     def average(self) -> "GenerativeAutoencoder":
-        """A frozen copy of what samples and reconstructs, to be drawn behind this one by `follow`."""
-        parts = [copy.deepcopy(part) for part in (self.encoder, self.decoder, self.latent_generator)]
-        twin = GenerativeAutoencoder(*parts, code_size=self.moments.shape[1], noise_size=self.noise_size).to(
-            self.moments
-        )
-        twin.moments.copy_(self.moments)
+        """A frozen copy without opponents: it samples and reconstructs, and is drawn behind this one by `follow`."""
+        twin = copy.deepcopy(self)
+        for name in self.OPPONENTS:
+            delattr(twin, name)
         return twin.requires_grad_(False).eval()
 
     @torch.no_grad()
@@ -176,6 +176,8 @@ class AAAE(GenerativeAutoencoder):
     | latent_critic    | standardised codes against g(noise) |
     | image_critic     | images against decoded g(noise) |
     """
+
+    OPPONENTS = ("latent_critic", "image_critic")
 
     def __init__(
         self,

@@ -61,10 +61,18 @@ def train(arguments: argparse.Namespace) -> None:
     stop = StopRequest()
     stop.listen()  # before the seconds that the imports take
     config = load_config(arguments.config)
-    from aaae_dist.distributed import leave
+    from aaae_dist.distributed import leave, lost_peer
     from aaae_dist.training import Trainer
 
-    Trainer(config, stop=stop).train()
+    try:
+        Trainer(config, stop=stop).train()
+    except RuntimeError as error:
+        if not lost_peer(error):
+            raise
+        raise UserError(
+            f"{config.training.run}: another rank is gone, as its own message says, or was silent for longer than "
+            "training.patience; the same command again goes on from the last checkpoint"
+        ) from error
     leave()
 
 

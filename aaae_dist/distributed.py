@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -31,6 +31,11 @@ def start(*, precision: str, accumulation: int, patience: float) -> Accelerator:
         gradient_accumulation_steps=accumulation,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=patience))],
     )
+    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
+        raise UserError(
+            f"distributed_type {accelerator.distributed_type.value}: one process or DDP only, so far; start with "
+            "`accelerate launch --config_file launch/ddp.yaml`"
+        )
     if world() != launched_world():
         raise UserError(
             f"WORLD_SIZE={launched_world()}: the launcher announced as many ranks, but {world()} joined; start with "
@@ -78,6 +83,21 @@ def from_rank_0(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+class HostCopy:
+    """A small tensor on its way to the host: reading it waits for the work before it on its device, not after it."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor.to("cpu", non_blocking=True)
+        self.arrived = torch.cuda.Event() if tensor.is_cuda else None
+        if self.arrived is not None:
+            self.arrived.record()
+
+    def tolist(self) -> list[float]:
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return self.tensor.tolist()
 
 
 def lost_peer(error: RuntimeError) -> bool:

@@ -8,11 +8,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from aaae_dist import checkpoint, distributed, storage
+from aaae_dist import checkpoint, distributed
 from aaae_dist.aaae import GenerativeAutoencoder, Turn
 from aaae_dist.baselines import METHODS
 from aaae_dist.checkpoint import read_run_config
-from aaae_dist.config import Config, Training
+from aaae_dist.config import Config
 from aaae_dist.data import Batch, Reader, stream, to_float
 from aaae_dist.errors import UserError
 from aaae_dist.evaluation import evaluate
@@ -48,29 +48,35 @@ MAY_CHANGE = (
 )
 
 
-def micro_batch_size(training: Training, world: int) -> int:
+def micro_batch_size(config: Config, world: int) -> int:
     """Images per forward on one rank.
 
     Raises:
-        UserError: the batch cannot be divided so.
+        UserError: the batch cannot be divided so, or not so that its parts compute what it would as a whole.
     """
+    training, objective = config.training, config.objective
     share = training.batch_size // world
     micro = training.micro_batch_size or share
     if training.batch_size % world:
-        raise UserError(
-            f"training.batch_size {training.batch_size}: not a multiple of the {world} ranks; choose one that is"
-        )
+        raise UserError(f"training.batch_size {training.batch_size}: not a multiple of the {world} ranks; choose one")
     if share % micro:
         raise UserError(
             f"training.micro_batch_size {micro}: does not divide the {share} images of a rank (training.batch_size "
             f"{training.batch_size} over {world} ranks); choose a divisor"
         )
+    for name in ("latent_penalised", "image_penalised"):
+        every = round(1 / getattr(objective, name))
+        if micro < training.batch_size and micro % every:
+            raise UserError(
+                f"training.micro_batch_size {micro}: the parts of a batch must be multiples of {every}, because "
+                f"objective.{name} looks at every {every}th pair; choose another batch or micro-batch size"
+            )
     return micro
 
 
 def refuse_changes(config: Config, run: str) -> None:
-    """Raise a UserError if the run's folder holds a training of other settings."""
-    if not storage.exists(storage.join(run, "config.toml")):
+    """Raise a UserError if the run's folder holds checkpoints of other settings."""
+    if not checkpoint.complete(run):
         return
     old, new = read_run_config(run).flat(), config.flat()
     for key, value in new.items():
@@ -93,7 +99,7 @@ class Trainer:
         # What can fail cheaply comes first.
         training, world = config.training, distributed.launched_world()
         self.config, self.run, self.stop = config, training.run, stop
-        self.micro = micro_batch_size(training, world)
+        self.micro = micro_batch_size(config, world)
         refuse_changes(config, self.run)
         self.readers = [Reader(config.data, split=split) for split in (config.data.split, config.data.held_out)]
         self.accumulation = training.batch_size // (self.micro * world)
@@ -123,10 +129,11 @@ class Trainer:
         distributed.keep_buffers_local(self.model)
 
         # What ranks agree on at every step: whether to stop, and whether the loss or a network's gradient is no number.
-        self.agreed = torch.zeros(2 + len(self.networks), device=self.device)
+        self.agreed = distributed.HostCopy(torch.zeros(2 + len(self.networks)))
         self.stopping = False
         self.interval = self.begin_interval()
         self.source = self.open_stream()
+        self.settle()
 
     def train(self) -> None:
         """Train to the end, or until asked to stop; save either way.
@@ -153,16 +160,23 @@ class Trainer:
                 if self.due(every.checkpoint.every) or self.stopping:
                     self.save()
             status = "KILLED" if self.images < self.config.training.images else "FINISHED"
-        except RuntimeError as error:
-            if not distributed.lost_peer(error):
-                raise
-            raise UserError(
-                f"{self.run}: another rank is gone or silent after {self.images:,} images (its own message says why); "
-                "the same command again goes on from the last checkpoint"
-            ) from error
         finally:
             self.progress.close()
             self.tracker.close(status)
+
+    def settle(self) -> None:
+        """One backward for nothing: after its first, DDP puts gradients into other buckets for good.
+
+        More than two ranks sum in an order that depends on the bucket, so without this a run that was resumed would
+        differ, in the last bits, from one that was not.
+        """
+        if distributed.world() == 1:
+            return
+        data = self.config.data
+        images = torch.zeros(self.micro, data.channels, data.size, data.size, device=self.device)
+        turn = self.model(images.to(self.game.moments.dtype), sample_keys(0, 0, self.micro, self.device))
+        self.accelerator.backward(turn.loss)
+        self.optimizer.zero_grad()
 
     def due(self, every: int) -> bool:
         """Whether an interval of `every` images ended with this step, or the training did."""
@@ -194,7 +208,6 @@ class Trainer:
 
     def step(self, batch: Batch) -> None:
         """One optimizer step on one global batch."""
-        self.heed()
         training = self.config.training
         keys = sample_keys(
             training.seed, self.images + distributed.rank() * len(batch.images), len(batch.images), self.device
@@ -229,13 +242,14 @@ class Trainer:
             )
         )
         self.game.observe(*told[: moments.numel()].view_as(moments), images=training.batch_size)
-        self.agreed = told[moments.numel() :]
+        before, self.agreed = self.agreed, distributed.HostCopy(told[moments.numel() :])
 
         self.images += training.batch_size
         self.epoch, self.position = batch.epoch, batch.position
         self.average.follow(self.game, rate=averaging_rate(training, self.images))
         self.interval.add_step(norms)
         self.progress.advance(self.images)
+        self.heed(before)  # of the step before this one, so that the host never waits for a device at work
 
     def clip(self) -> Float[Tensor, " network"]:
         """The gradient norm of every network; if `optimizer.clip` is set, each is scaled down to it by itself."""
@@ -247,15 +261,13 @@ class Trainer:
                 torch._foreach_mul_(gradients, (limit / (norms[-1] + 1e-6)).clamp(max=1.0))
         return torch.stack(norms)
 
-    def heed(self) -> None:
-        """Act on what the ranks agreed on after the last step.
-
-        The loop reads it one step late, so that the host never waits for a device at work.
+    def heed(self, agreed: distributed.HostCopy) -> None:
+        """Act on what the ranks agreed on at a step.
 
         Raises:
             UserError: the loss or a gradient is not a number. The weights are lost, the checkpoints are not.
         """
-        stop, *bad = self.agreed.tolist()
+        stop, *bad = agreed.tolist()
         self.stopping = self.stopping or stop > 0
         if any(bad):
             what = ["the loss", *(f"the gradient of {name}" for name in self.networks)][
@@ -271,7 +283,7 @@ class Trainer:
 
     def log(self) -> None:
         """Report the interval that ends here."""
-        self.heed()
+        self.heed(self.agreed)
         bad = sum(len(reader.bad) for reader in self.readers)
         metrics = self.interval.means(batch_size=self.config.training.batch_size, bad_samples=bad)
         metrics |= {f"learning_rate/{group['name']}": group["lr"] for group in self.optimizer.param_groups}
@@ -282,12 +294,14 @@ class Trainer:
 
     def draw(self) -> None:
         """A picture of samples of fixed noise and of fixed reconstructions. No collectives: rank 0 draws."""
+        self.heed(self.agreed)
         if distributed.rank() == 0:
             shown = self.readers[1].batch([(0, number) for number in range(min(50, self.readers[1].counts[0]))]).images
             self.tracker.picture(self.images, overview(self.average, shown, seed=self.config.training.seed))
 
     def evaluate(self) -> None:
         """Judge the averaged networks, on all ranks."""
+        self.heed(self.agreed)
         began, (train, held_out) = time.perf_counter(), self.readers
         chosen = self.config.evaluation
         metrics = dict(
@@ -310,7 +324,7 @@ class Trainer:
         Raises:
             UserError: the storage failed; older checkpoints are untouched.
         """
-        self.heed()
+        self.heed(self.agreed)
         problem = ""
         if distributed.rank() == 0:
             slots = self.optimizer.state
@@ -328,6 +342,7 @@ class Trainer:
                 "world": distributed.world(),
             }
             try:
+                self.tracker.flush()  # what the checkpoint counts as done is reported
                 checkpoint.save(
                     self.run, self.images, tensors=tensors, progress=progress, keep=self.config.checkpoint.keep
                 )
@@ -362,6 +377,7 @@ class Trainer:
         checkpoint.fill(self.average, saved.tensors["average"], run=self.run)
         for name, weight in self.game.named_parameters():
             slots = {slot: saved.tensors["optimizer"][f"{name}.{slot}"] for slot in ("step", "exp_avg", "exp_avg_sq")}
-            self.optimizer.state[weight] = {slot: value.to(self.device) for slot, value in slots.items()}
+            # Adam counts its steps on the host, where reading them costs nothing.
+            self.optimizer.state[weight] = {k: v if k == "step" else v.to(self.device) for k, v in slots.items()}
         self.images, self.epoch, self.position = images, saved.progress["epoch"], saved.progress["position"]
         log.info("%s goes on from %s images", self.run, f"{self.images:,}")

@@ -195,6 +195,24 @@ def test_a_critic_that_is_sure_of_itself_still_teaches_its_opponent(pairing, dty
     torch.testing.assert_close(fake.grad[:, 0].double(), expected, rtol=tolerance, atol=0)
 
 
+def test_under_bf16_every_network_still_gets_its_own_gradient():
+    """Real networks under autocast, critics that are sure of themselves: within the precision of bfloat16."""
+    game, images, keys = fresh(config(latent_penalty=0.0, image_penalty=0.0))
+    with torch.no_grad():
+        game.latent_critic.head.weight.mul_(200)
+        game.image_critic.head.weight.mul_(200)
+    with torch.autocast("cpu", torch.bfloat16):
+        turn = game(images, keys)
+    turn.loss.backward()
+    assert turn.report["latent_critic/loss"].dtype == torch.float32
+    for name, loss in textbook(game, images, keys).items():
+        weights = list(getattr(game, name).parameters())
+        expected = torch.cat([g.flatten() for g in torch.autograd.grad(loss, weights, retain_graph=True)])
+        ours = torch.cat([weight.grad.flatten() for weight in weights])
+        assert torch.nn.functional.cosine_similarity(ours, expected, dim=0) > 0.98, name
+        assert ours.norm() == pytest.approx(expected.norm().item(), rel=0.1), name
+
+
 class WithBatchNorm(Critic):
     def __init__(self):
         super().__init__(nn.Linear(CODE, 8), nn.BatchNorm1d(8), features=8)

@@ -92,3 +92,9 @@ def test_every_block_is_accounted_for():
     makefile = (ROOT / "Makefile").read_text()
     assert "launch/demo.sh $(BIN)" in makefile
     assert "make test" in (ROOT / ".ci/run").read_text()
+
+
+def test_links_and_pictures_lead_somewhere():
+    targets = re.findall(r"\]\((?!https?:)([^)#]+)\)", (ROOT / "README.md").read_text())
+    assert len(targets) > 5
+    assert [target for target in targets if not (ROOT / target).exists()] == []

@@ -166,6 +166,7 @@ def alone(run: Path | str) -> bool:
 
 @pytest.mark.parametrize("place", ["local", "server"])
 def test_mlflow_gets_all_of_a_run(place, request, crooked, tmp_path, capfd, caplog):
+    commit = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, text=True).strip()
     folder = crooked if place == "local" else tmp_path / "runs"
     if place == "server":
         request.getfixturevalue("server")
@@ -193,7 +194,6 @@ def test_mlflow_gets_all_of_a_run(place, request, crooked, tmp_path, capfd, capl
     flat = config.flat() | {"data.url": "https://store/shards", "data.cache": "x" * 6_000}
     assert data.params == {key: str(value) for key, value in flat.items()}
     assert Path(artifact(run, "config.toml")).read_text() == config.toml().replace(f"me:{SECRET}@", "")
-    commit = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, text=True).strip()
     assert data.tags["git.commit"] == data.tags["mlflow.source.git.commit"] == commit
     assert {"version.aaae_dist", "version.torch", "version.python", "host", "run"} <= data.tags.keys()
     assert SECRET not in f"{info} {data}"
