@@ -29,6 +29,10 @@ log = logging.getLogger(__name__)
 COMPLETE, MANIFEST, PROGRESS = "COMPLETE", "manifest.json", "progress.json"
 
 
+class DamagedError(UserError):
+    """A checkpoint is not what was saved. Not raised when it merely cannot be read at the moment."""
+
+
 class Saved(NamedTuple):
     """A checkpoint's parts (such as "game") as tensors by name, on the CPU, and the progress saved with them."""
 
@@ -96,27 +100,42 @@ def read(run: str, name: str, *, parts: tuple[str, ...] = ("game", "average", "o
     """Read and verify a complete checkpoint.
 
     Raises:
-        UserError: a file is missing, has another size or another sha256 than the manifest says.
+        DamagedError: a file is missing, has another size or another sha256 than the manifest says.
+        UserError: the store cannot be read.
     """
     place = storage.join(folder(run), name)
-    manifest = storage.read_json(storage.join(place, MANIFEST))
+    try:
+        manifest = json.loads(read_file(storage.join(place, MANIFEST)))
+    except ValueError:
+        raise DamagedError(f"{storage.join(place, MANIFEST)}: damaged, not JSON") from None
     tensors, progress = {}, {}
     for file in (*(f"{part}.safetensors" for part in parts), PROGRESS):
-        data = storage.read(storage.join(place, file))
+        data = read_file(storage.join(place, file))
         try:
             listed = manifest["files"][file]
             if (listed["bytes"], listed["sha256"]) != (len(data), hashlib.sha256(data).hexdigest()):
-                raise UserError(f"{storage.join(place, file)}: damaged, its bytes are not those that were saved")
+                raise DamagedError(f"{storage.join(place, file)}: damaged, its bytes are not those that were saved")
         except (KeyError, TypeError):
-            raise UserError(f"{storage.join(place, MANIFEST)}: damaged, it does not say what {file} must be") from None
+            raise DamagedError(
+                f"{storage.join(place, MANIFEST)}: damaged, it does not say what {file} must be"
+            ) from None
         try:
             if file == PROGRESS:
                 progress = json.loads(data)
             else:
                 tensors[file.removesuffix(".safetensors")] = safetensors.torch.load(data)
         except (ValueError, SafetensorError) as error:
-            raise UserError(f"{storage.join(place, file)}: not of this format ({storage.one_line(error)})") from None
+            raise DamagedError(f"{storage.join(place, file)}: not of this format ({storage.one_line(error)})") from None
     return Saved(name, tensors, progress)
+
+
+def read_file(place: str) -> bytes:
+    try:
+        return storage.read(place)
+    except UserError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            raise DamagedError(f"{place}: missing") from None
+        raise
 
 
 def newest(run: str, *, parts: tuple[str, ...] = ("game", "average", "optimizer")) -> Saved | None:
@@ -125,11 +144,11 @@ def newest(run: str, *, parts: tuple[str, ...] = ("game", "average", "optimizer"
     Raises:
         UserError: there are checkpoints, but all are damaged: training on from nothing would bury that.
     """
-    problems: dict[str, UserError] = {}
+    problems: dict[str, DamagedError] = {}
     for name in reversed(complete(run)):
         try:
             saved = read(run, name, parts=parts)
-        except UserError as error:
+        except DamagedError as error:
             problems[name] = error
             continue
         for damaged, problem in problems.items():

@@ -126,6 +126,8 @@ def reconstruct(arguments: argparse.Namespace) -> None:
     from aaae_dist.checkpoint import load_average
 
     check_out(arguments.out)
+    if arguments.out in arguments.images:
+        raise UserError(f"--out {arguments.out}: it is one of the images; choose another file")
     model, config, _ = load_average(arguments.run, name=arguments.checkpoint)
     shape = {"channels": config.data.channels, "size": config.data.size}
     originals = torch.stack([read_image(path, **shape) for path in arguments.images])

@@ -35,9 +35,9 @@ Count = Annotated[int, Field(ge=1, lt=10**12)]  # twelve digits: checkpoints are
 Interval = Annotated[int, Field(ge=0, lt=10**12)]
 Size = Annotated[int, Field(ge=1, le=65_536)]
 Text = Annotated[str, Field(min_length=1)]
-Positive = Annotated[float, Field(gt=0)]
-NotNegative = Annotated[float, Field(ge=0)]
-Share = Annotated[float, Field(gt=0, le=1), AfterValidator(whole_stride)]
+Positive = Annotated[float, Field(gt=0, le=1e6)]
+NotNegative = Annotated[float, Field(ge=0, le=1e6)]
+Share = Annotated[float, Field(ge=1e-6, le=1), AfterValidator(whole_stride)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 

@@ -47,6 +47,8 @@ def frechet_distance(a: Moments, b: Moments) -> float:
 
     The trace of the root is the sum of the roots of the eigenvalues of L^T C_b L, C_a = L L^T.
     """
+    if not (a.covariance.isfinite().all() and b.covariance.isfinite().all()):
+        return float("nan")
     factor, failed = torch.linalg.cholesky_ex(a.covariance)
     if failed:  # fewer samples than features
         values, vectors = torch.linalg.eigh(a.covariance)
@@ -59,6 +61,8 @@ def frechet_distance(a: Moments, b: Moments) -> float:
 
 def effective_rank(covariance: Float[Tensor, "feature feature"]) -> float:
     """exp of the entropy of the normalised eigenvalues (Roy, Vetterli 2007): how many dimensions are really used."""
+    if not covariance.isfinite().all():
+        return float("nan")
     values = torch.linalg.eigvalsh(covariance.double()).clamp_min(0)
     shares = values / values.sum().clamp_min(torch.finfo(values.dtype).tiny)
     return torch.special.entr(shares).sum().exp().item()

@@ -150,12 +150,17 @@ def prepare(
     ]
     numbers = [sum(1 for earlier, _ in plan[:k] if earlier == split) for k, (split, _) in enumerate(plan)]
 
+    there = storage.listing(out)
+
     def write(split: str, chosen: list[int], number: int) -> tuple[Shard | None, list[int]]:
         data, bad = pack(source, chosen, size=size, channels=channels, quality=quality)
         if len(bad) == len(chosen):
             return None, bad
         url = f"{split}-{number:06d}.tar"
-        storage.write(storage.join(out, url), data)
+        if url not in there:
+            storage.write(storage.join(out, url), data)
+        elif storage.read(storage.join(out, url)) != data:  # the same bytes: an earlier attempt was cut short
+            raise UserError(f"{storage.join(out, url)}: another file is there already; choose another --out")
         return Shard(
             url=url,
             split=split,

@@ -123,7 +123,12 @@ def folder(url: str) -> Source:
         keys = [f"{key}-{i}" for i, key in enumerate(keys)]
 
     def example(i: int) -> Example | None:
-        data = storage.read(storage.join(url, names[i]))
+        try:
+            data = storage.read(storage.join(url, names[i]))
+        except UserError as error:
+            if isinstance(error.__cause__, FileNotFoundError):  # a link that leads nowhere
+                return None
+            raise
         try:
             pixels = decode(data)
         except ValueError:

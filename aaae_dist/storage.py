@@ -5,10 +5,12 @@ the client library usually finds them (for s3:// the AWS variables and files) an
 """
 
 import errno
+import fcntl
 import functools
 import glob
 import json
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -61,6 +63,13 @@ def local_path(url: str) -> Path:
 
 
 def join(url: str, *names: str) -> str:
+    """A URL below another.
+
+    Raises:
+        UserError: there is nothing behind `://`.
+    """
+    if re.fullmatch(r"[\w+.-]+:/*", url):
+        raise UserError(f"{url}: it names no bucket or folder; complete it, as in s3://bucket/folder")
     return "/".join([url.rstrip("/"), *names])
 
 
@@ -167,6 +176,32 @@ def write(url: str, data: bytes) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+class Lock:
+    """Holds a local folder for this process alone; it ends with the process, however that ends.
+
+    An object store has no such thing: there, nothing is held.
+
+    Raises:
+        UserError: another process holds it.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.file = None
+        if is_local(url):
+            with explained(url):
+                local_path(url).mkdir(parents=True, exist_ok=True)
+                self.file = local_path(join(url, ".lock")).open("ab")
+                try:
+                    fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    self.release()
+                    raise UserError(f"{url}: another training is at work there; choose another training.run") from None
+
+    def release(self) -> None:
+        if self.file is not None:
+            self.file.close()
 
 
 def write_json(url: str, value: Any) -> None:

@@ -43,11 +43,13 @@ MLFLOW_SETTINGS = {
 
 
 def parse_lines(data: bytes) -> list[dict[str, Any]]:
-    """The journal's whole lines; a last one cut short by a kill is dropped."""
+    """The journal's whole lines; one cut short by a kill, or not ours, is dropped."""
     lines = []
     for line in data.split(b"\n"):
         with contextlib.suppress(ValueError):
-            lines.append(json.loads(line))
+            found = json.loads(line)
+            if isinstance(found, dict) and {"images", "time"} <= found.keys():
+                lines.append(found)
     return lines
 
 
@@ -234,7 +236,7 @@ class Tracker:
         self.run, self.config = run, config
         storage.write(storage.join(run, "config.toml"), config.toml().encode())
         place = storage.join(run, "about.json")
-        training = storage.read_json(place)["training"] if storage.exists(place) else secrets.token_hex(8)
+        training = read_about(run)["training"] if storage.exists(place) else secrets.token_hex(8)
         self.about = {"training": training, "run": harmless(run), "status": "RUNNING"} | describe_code()
         storage.write_json(place, self.about)
         self.journal = Journal(run, images=images)
@@ -297,6 +299,20 @@ class Tracker:
                 log.warning("MLflow has not got everything; `aaae track sync %s` delivers the rest", self.run)
 
 
+def read_about(run: str) -> dict[str, str]:
+    """What about.json says of a run, or a UserError if that is nothing of ours."""
+    place = storage.join(run, "about.json")
+    about = storage.read_json(place)
+    if not isinstance(about, dict) or not {"training", "status"} <= about.keys():
+        raise UserError(f"{place}: damaged; remove it and train on: MLflow then gets a new run")
+    return about
+
+
+def is_unfinished(run: str) -> bool:
+    """Whether a run's report was begun and not ended as it should be."""
+    return storage.exists(storage.join(run, "about.json")) and read_about(run)["status"] != "FINISHED"
+
+
 class NoTracker:
     """What the other ranks report with: nothing."""
 
@@ -309,7 +325,7 @@ def sync(run: str) -> int:
     """Deliver to MLflow what it missed of a run, or raise a UserError; returns the number of lines it now has."""
     config = read_run_config(run)
     lines = parse_lines(storage.read(storage.join(run, "metrics.jsonl")))
-    about = storage.read_json(storage.join(run, "about.json"))
+    about = read_about(run)
     settle_mlflow()
     try:
         Delivery(run, config, about).deliver(lines, about["status"])

@@ -1,6 +1,7 @@
 """The loop: build -> resume -> step, average, log, evaluate, save, stop. Images seen are the only clock."""
 
 import logging
+import math
 import time
 from collections.abc import Iterator
 
@@ -8,10 +9,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from aaae_dist import checkpoint, distributed
+from aaae_dist import checkpoint, distributed, storage
 from aaae_dist.aaae import GenerativeAutoencoder, Turn
 from aaae_dist.baselines import METHODS
-from aaae_dist.checkpoint import read_run_config
+from aaae_dist.compatibility import micro_batch_size, refuse_changes
 from aaae_dist.config import Config
 from aaae_dist.data import Batch, Reader, stream, to_float
 from aaae_dist.errors import UserError
@@ -22,7 +23,7 @@ from aaae_dist.progress import Progress
 from aaae_dist.randomness import sample_keys
 from aaae_dist.schedule import averaging_rate, learning_rate
 from aaae_dist.stopping import StopRequest
-from aaae_dist.tracking import NoTracker, Tracker
+from aaae_dist.tracking import NoTracker, Tracker, is_unfinished
 
 log = logging.getLogger(__name__)
 
@@ -30,61 +31,6 @@ log = logging.getLogger(__name__)
 # the same side. With the usual 1e-8 Adam would make full steps of that noise, and two ranks would drift from one
 # process by 2 % in 20 steps; with this they agree to 3e-6, and digits come out no worse.
 ADAM_EPSILON = 1e-5
-
-# Settings that may differ when a run goes on: they say how much and how often, not what is trained.
-MAY_CHANGE = (
-    "logging.",
-    "evaluation.",
-    "checkpoint.",
-    "tracking.",
-    "data.url",  # a data set may move; its fingerprint is compared
-    "data.workers",
-    "data.cache",
-    "data.bad_share",
-    "training.images",
-    "training.run",
-    "training.micro_batch_size",
-    "training.patience",
-)
-
-
-def micro_batch_size(config: Config, world: int) -> int:
-    """Images per forward on one rank.
-
-    Raises:
-        UserError: the batch cannot be divided so, or not so that its parts compute what it would as a whole.
-    """
-    training, objective = config.training, config.objective
-    share = training.batch_size // world
-    micro = training.micro_batch_size or share
-    if training.batch_size % world:
-        raise UserError(f"training.batch_size {training.batch_size}: not a multiple of the {world} ranks; choose one")
-    if share % micro:
-        raise UserError(
-            f"training.micro_batch_size {micro}: does not divide the {share} images of a rank (training.batch_size "
-            f"{training.batch_size} over {world} ranks); choose a divisor"
-        )
-    for name in ("latent_penalised", "image_penalised"):
-        every = round(1 / getattr(objective, name))
-        if micro < training.batch_size and micro % every:
-            raise UserError(
-                f"training.micro_batch_size {micro}: the parts of a batch must be multiples of {every}, because "
-                f"objective.{name} looks at every {every}th pair; choose another batch or micro-batch size"
-            )
-    return micro
-
-
-def refuse_changes(config: Config, run: str) -> None:
-    """Raise a UserError if the run's folder holds checkpoints of other settings."""
-    if not checkpoint.complete(run):
-        return
-    old, new = read_run_config(run).flat(), config.flat()
-    for key, value in new.items():
-        if old.get(key) != value and not key.startswith(MAY_CHANGE):
-            raise UserError(
-                f"{key} {value!r}: the run in {run} was begun with {old.get(key)!r}; set it back, or choose another "
-                "training.run"
-            )
 
 
 class Trainer:
@@ -123,7 +69,7 @@ class Trainer:
         ]
         self.optimizer = torch.optim.Adam(groups, foreach=True, eps=ADAM_EPSILON)
 
-        self.images, self.epoch, self.position = 0, 0, 0
+        self.images, self.epoch, self.position, self.saved = 0, 0, 0, ""
         self.resume()
         self.model, self.optimizer = self.accelerator.prepare(self.game, self.optimizer)
         distributed.keep_buffers_local(self.model)
@@ -143,8 +89,13 @@ class Trainer:
         """
         if self.images >= self.config.training.images:
             log.info("%s is complete: %s images are trained, nothing is left to do", self.run, f"{self.images:,}")
+            if distributed.rank() == 0 and is_unfinished(self.run):  # killed between its last checkpoint and its end
+                Tracker(self.run, self.config, images=self.images).close("FINISHED")
             return
         main, status = distributed.rank() == 0, "FAILED"
+        lock = storage.Lock(self.run) if main else None
+        if main and self.saved:
+            checkpoint.discard_after(self.run, self.saved)
         self.tracker = Tracker(self.run, self.config, images=self.images) if main else NoTracker()
         self.progress = Progress(self.config.training.images, self.images, visible=main)
         every = self.config
@@ -163,6 +114,8 @@ class Trainer:
         finally:
             self.progress.close()
             self.tracker.close(status)
+            if lock is not None:
+                lock.release()
 
     def settle(self) -> None:
         """One backward for nothing: after its first, DDP puts gradients into other buckets for good.
@@ -270,13 +223,14 @@ class Trainer:
         stop, *bad = agreed.tolist()
         self.stopping = self.stopping or stop > 0
         if any(bad):
-            what = ["the loss", *(f"the gradient of {name}" for name in self.networks)][
-                [value > 0 for value in bad].index(True)
-            ]
-            raise UserError(
-                f"{self.run}: {what} is not finite after {self.images:,} images, so training stopped; the last "
-                "checkpoint is untouched: lower the learning rates or raise the penalties"
-            )
+            what = ["the loss", *(f"the gradient of {name}" for name in self.networks)]
+            raise self.bad_numbers(what[[value > 0 for value in bad].index(True)])
+
+    def bad_numbers(self, what: str) -> UserError:
+        return UserError(
+            f"{self.run}: {what} is not finite after {self.images:,} images, so training stopped; older checkpoints "
+            "are untouched: begin another training.run with lower learning rates or other penalties"
+        )
 
     def begin_interval(self) -> Interval:
         return Interval(list(self.networks), code_size=self.game.moments.shape[1], device=self.device)
@@ -314,6 +268,8 @@ class Trainer:
                 workers=self.config.data.workers,
             )
         )
+        if bad := [name for name, value in metrics.items() if math.isnan(value)]:
+            raise self.bad_numbers(bad[0])
         self.tracker.log(self.images, metrics)
         self.progress.say(self.images, metrics)
         self.interval.began += time.perf_counter() - began  # the interval's images per second are training's
@@ -325,6 +281,9 @@ class Trainer:
             UserError: the storage failed; older checkpoints are untouched.
         """
         self.heed(self.agreed)
+        for name, value in self.game.state_dict().items():
+            if not value.isfinite().all():
+                raise self.bad_numbers(name)
         problem = ""
         if distributed.rank() == 0:
             slots = self.optimizer.state
@@ -371,8 +330,7 @@ class Trainer:
                 f"{self.config.data.url}: not the data set that {self.run} was trained on, its shards differ; bring "
                 "that back, or choose another training.run"
             )
-        if distributed.rank() == 0:
-            checkpoint.discard_after(self.run, saved.name)
+        self.saved = saved.name
         checkpoint.fill(self.game, saved.tensors["game"], run=self.run)
         checkpoint.fill(self.average, saved.tensors["average"], run=self.run)
         for name, weight in self.game.named_parameters():

@@ -420,7 +420,7 @@ def test_object_stores_that_do_not_answer_as_hoped(
     for arguments, place in (
         (["prepare", "digits", "--out", f"{s3}/digits"], "digits/index.json"),
         (["train", tiny, new, f"data.url={s3}/digits"], "digits/index.json"),
-        (["train", tiny, f"training.run={s3}/run"], "run/config.toml"),
+        (["train", tiny, f"training.run={s3}/run"], "run/checkpoints"),
         (["evaluate", f"{s3}/run"], "run/config.toml"),
         (["train", f"{s3}/config.toml"], "config.toml"),
     ):

@@ -204,7 +204,7 @@ def test_a_misspelt_key_is_not_also_called_missing(tmp_path: Path) -> None:
             "objective.latent_penalised=0.4",
             "objective.latent_penalised 0.4: must be 1 over a whole number, such as 1.0",
         ),
-        ("objective.image_penalised=0", "objective.image_penalised 0: must be more than 0"),
+        ("objective.image_penalised=0", "objective.image_penalised 0: must be at least 1e-06"),
         ("objective.image_weight=much", 'objective.image_weight "much": must be a number'),
         ("optimizer.encoder.lr=nan", "optimizer.encoder.lr NaN: must be a finite number"),
         ("optimizer.encoder.betas=[0.5]", "optimizer.encoder.betas [0.5]: must be two numbers, such as [0.5, 0.99]"),

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "aaae_dist"
 ORDER = (  # a module imports only from those before it
     *("errors", "storage", "config", "arguments", "stopping", "distributed", "randomness", "schedule", "losses"),
     *("networks", "aaae", "baselines", "sources", "shards", "order", "data", "metrics", "inference", "evaluation"),
-    *("checkpoint", "tracking", "progress", "interval", "training", "cli"),
+    *("checkpoint", "compatibility", "tracking", "progress", "interval", "training", "cli"),
 )
 TREES = {path.stem: ast.parse(path.read_text()) for path in sorted(PACKAGE.glob("*.py"))}
 LONG = 12  # lines: a shorter function may speak for itself

@@ -321,7 +321,7 @@ def test_bad_numbers_stop_the_run_and_leave_the_last_checkpoint(tmp_path, digits
     trainer = trainer_for(*settings(run, digits, "checkpoint.every=64"))
     with torch.no_grad():
         next(getattr(trainer.game, network).parameters()).fill_(float("inf"))
-    with pytest.raises(UserError, match=r"is not finite after 704 images.*the last checkpoint is untouched"):
+    with pytest.raises(UserError, match=r"is not finite after 704 images.*older checkpoints are untouched"):
         trainer.train()
     assert checkpoint.complete(str(run))[-1] == f"{640:012d}"
     assert_same_bits(final(run), kept)
@@ -363,3 +363,58 @@ def test_a_plain_autoencoder_goes_through_the_same_loop(tmp_path, digits):
     first, last = lines(run)[0], lines(run)[-2]
     assert last["reconstruction/mse"] < first["reconstruction/mse"]
     assert not any(name.startswith(("latent_critic", "image_critic")) for name in last)
+
+
+# --- on a bad day
+
+
+def test_two_trainings_do_not_share_a_run(tmp_path, digits):
+    first = trainer_for(*settings(tmp_path / "run", digits))
+    lock = storage.Lock(first.run)
+    with pytest.raises(UserError, match=r"run: another training is at work there; choose another training.run"):
+        first.train()
+    lock.release()
+    first.train()
+
+
+def test_a_store_that_does_not_answer_is_not_taken_for_damage(tmp_path, digits, monkeypatch):
+    run = tmp_path / "run"
+    train_here(*settings(run, digits, "training.images=256", "checkpoint.every=64"))
+    read = storage.read
+
+    def stall(url):
+        if url.endswith("000000000256/game.safetensors"):
+            raise UserError(f"{url}: the store does not answer")
+        return read(url)
+
+    monkeypatch.setattr(storage, "read", stall)
+    with pytest.raises(UserError, match="the store does not answer"):
+        trainer_for(*settings(run, digits, "training.images=320"))
+    assert checkpoint.complete(str(run))[-1] == f"{256:012d}"
+
+
+def test_a_damaged_checkpoint_is_saved_anew_when_training_comes_by(tmp_path, digits):
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    train_here(*settings(whole, digits))
+    train_here(*settings(run, digits))
+    (run / "checkpoints" / f"{1280:012d}" / "game.safetensors").write_bytes(b"damage")
+    train_here(*settings(run, digits))
+    assert_same_bits(final(run), final(whole))
+
+
+@pytest.mark.parametrize("rate", ["1e5", "1e3"])
+def test_wild_rates_never_end_in_a_finished_run(tmp_path, digits, rate):
+    """Also when the numbers go bad after the last step: evaluation and weights are looked at before they are saved."""
+    wild = (f"optimizer.encoder.lr={rate}", f"optimizer.decoder.lr={rate}")
+    with pytest.raises(UserError, match=r"is not finite after .* begin another training.run with lower learning rates"):
+        train_here(*settings(tmp_path / "run", digits, "training.images=640", "checkpoint.every=0", *wild))
+    assert checkpoint.complete(str(tmp_path / "run")) == []
+
+
+def test_a_run_killed_at_its_very_end_is_finished_by_the_same_command(tmp_path, digits):
+    run = tmp_path / "run"
+    train_here(*settings(run, digits, "training.images=64"))
+    about = json.loads((run / "about.json").read_text())
+    (run / "about.json").write_text(json.dumps(about | {"status": "RUNNING"}))
+    train_here(*settings(run, digits, "training.images=64"))
+    assert json.loads((run / "about.json").read_text())["status"] == "FINISHED"

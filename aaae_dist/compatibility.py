@@ -1,0 +1,61 @@
+"""Whether settings fit the ranks, and the run that is there already."""
+
+from aaae_dist import checkpoint
+from aaae_dist.checkpoint import read_run_config
+from aaae_dist.config import Config
+from aaae_dist.errors import UserError
+
+# Settings that may differ when a run goes on: they say how much and how often, not what is trained.
+MAY_CHANGE = (
+    "logging.",
+    "evaluation.",
+    "checkpoint.",
+    "tracking.",
+    "data.url",  # a data set may move; its fingerprint is compared
+    "data.workers",
+    "data.cache",
+    "data.bad_share",
+    "training.images",
+    "training.run",
+    "training.micro_batch_size",
+    "training.patience",
+)
+
+
+def micro_batch_size(config: Config, world: int) -> int:
+    """Images per forward on one rank.
+
+    Raises:
+        UserError: the batch cannot be divided so, or not so that its parts compute what it would as a whole.
+    """
+    training, objective = config.training, config.objective
+    share = training.batch_size // world
+    micro = training.micro_batch_size or share
+    if training.batch_size % world:
+        raise UserError(f"training.batch_size {training.batch_size}: not a multiple of the {world} ranks; choose one")
+    if share % micro:
+        raise UserError(
+            f"training.micro_batch_size {micro}: does not divide the {share} images of a rank (training.batch_size "
+            f"{training.batch_size} over {world} ranks); choose a divisor"
+        )
+    for name in ("latent_penalised", "image_penalised"):
+        every = round(1 / getattr(objective, name))
+        if micro < training.batch_size and micro % every:
+            raise UserError(
+                f"training.micro_batch_size {micro}: the parts of a batch must be multiples of {every}, because "
+                f"objective.{name} looks at every {every}th pair; choose another batch or micro-batch size"
+            )
+    return micro
+
+
+def refuse_changes(config: Config, run: str) -> None:
+    """Raise a UserError if the run's folder holds checkpoints of other settings."""
+    if not checkpoint.complete(run):
+        return
+    old, new = read_run_config(run).flat(), config.flat()
+    for key, value in new.items():
+        if old.get(key) != value and not key.startswith(MAY_CHANGE):
+            raise UserError(
+                f"{key} {value!r}: the run in {run} was begun with {old.get(key)!r}; set it back, or choose another "
+                "training.run"
+            )
