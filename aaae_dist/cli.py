@@ -77,13 +77,17 @@ def train(arguments: argparse.Namespace) -> None:
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
-    from aaae_dist.checkpoint import load_average
+    from aaae_dist.checkpoint import load_average, read
     from aaae_dist.data import Reader
     from aaae_dist.evaluation import evaluate as judge
 
     model, config, name = load_average(arguments.run, name=arguments.checkpoint)
     data, chosen = config.data, config.evaluation
     train, held_out = (Reader(data, split=split) for split in (data.split, data.held_out))
+    if read(arguments.run, name, parts=()).progress["data"] != train.fingerprint:
+        raise UserError(
+            f"{data.url}: not the data set that {arguments.run} was trained on, its shards differ; bring it back"
+        )
     metrics = dict(
         judge(
             on_device(model),

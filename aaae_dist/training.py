@@ -98,19 +98,19 @@ class Trainer:
             checkpoint.discard_after(self.run, self.saved)
         self.tracker = Tracker(self.run, self.config, images=self.images) if main else NoTracker()
         self.progress = Progress(self.config.training.images, self.images, visible=main)
-        every = self.config
+        config = self.config
         try:
-            while self.images < self.config.training.images and not self.stopping:
+            while self.images < config.training.images and not self.stopping:
                 self.step(self.next_batch())
-                if self.due(every.logging.every):
+                if self.due(config.logging.every):
                     self.log()
-                if self.due(every.logging.pictures_every):
+                if self.due(config.logging.pictures_every):
                     self.draw()
-                if self.due(every.evaluation.every):
+                if self.due(config.evaluation.every):
                     self.evaluate()
-                if self.due(every.checkpoint.every) or self.stopping:
+                if self.due(config.checkpoint.every) or self.stopping:
                     self.save()
-            status = "KILLED" if self.images < self.config.training.images else "FINISHED"
+            status = "KILLED" if self.images < config.training.images else "FINISHED"
         finally:
             self.progress.close()
             self.tracker.close(status)

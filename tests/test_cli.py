@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -592,3 +593,12 @@ def test_prepare(tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pyt
     assert said.endswith(" held out, 1 x 16 x 16, in 2 shards; 1 unreadable\n") or "1 unreadable" in said
     assert "cannot be read and is left out" in caplog.text
     assert json.loads((out / "index.json").read_text())["classes"] == ["a", "b"]
+
+
+def test_another_data_set_is_not_judged_by(copy: Path, tiny: Path, tmp_path: Path, refuse: Refuse) -> None:
+    """Divided anew, images that were trained on would count as held out."""
+    other = tmp_path / "other"
+    assert call("prepare", "digits", "--out", other, "--seed", "7") == 0
+    config = (copy / "config.toml").read_text()
+    (copy / "config.toml").write_text(re.sub(r'^url = ".*"', f'url = "{other}"', config, flags=re.M))
+    assert refuse("evaluate", copy).startswith(f"{other}: not the data set that {copy} was trained on")
