@@ -69,7 +69,8 @@ class Trainer:
         ]
         self.optimizer = torch.optim.Adam(groups, foreach=True, eps=ADAM_EPSILON)
 
-        self.images, self.epoch, self.position, self.saved = 0, 0, 0, ""
+        self.images, self.epoch, self.position = 0, 0, 0
+        self.found, self.saved = checkpoint.complete(self.run), ""  # what is there, and what it goes on from
         self.resume()
         self.model, self.optimizer = self.accelerator.prepare(self.game, self.optimizer)
         distributed.keep_buffers_local(self.model)
@@ -87,18 +88,24 @@ class Trainer:
         Raises:
             UserError: the losses are no numbers any more, or the data or the storage failed.
         """
-        if self.images >= self.config.training.images:
+        main, status, config = distributed.rank() == 0, "FAILED", self.config
+        beyond = self.images - config.training.images
+        if beyond >= 0:
             log.info("%s is complete: %s images are trained, nothing is left to do", self.run, f"{self.images:,}")
-            if distributed.rank() == 0 and is_unfinished(self.run):  # killed between its last checkpoint and its end
-                Tracker(self.run, self.config, images=self.images).close("FINISHED")
+            # Killed between its last checkpoint and its end? A run that went further than asked for is another matter.
+            if main and beyond < config.training.batch_size and is_unfinished(self.run):
+                lock = storage.Lock(self.run)
+                Tracker(self.run, config, images=self.images).close("FINISHED")
+                lock.release()
             return
-        main, status = distributed.rank() == 0, "FAILED"
         lock = storage.Lock(self.run) if main else None
+        if lock is not None and checkpoint.complete(self.run) != self.found:
+            lock.release()
+            raise UserError(f"{self.run}: another training saved there in the meantime; give the same command again")
         if main and self.saved:
             checkpoint.discard_after(self.run, self.saved)
         self.tracker = Tracker(self.run, self.config, images=self.images) if main else NoTracker()
         self.progress = Progress(self.config.training.images, self.images, visible=main)
-        config = self.config
         try:
             while self.images < config.training.images and not self.stopping:
                 self.step(self.next_batch())

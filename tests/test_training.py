@@ -377,6 +377,27 @@ def test_two_trainings_do_not_share_a_run(tmp_path, digits):
     first.train()
 
 
+def test_a_training_that_another_has_overtaken_touches_nothing(tmp_path, digits):
+    run = tmp_path / "run"
+    train_here(*settings(run, digits, "training.images=640"))
+    slow = trainer_for(*settings(run, digits))
+    train_here(*settings(run, digits))
+    with pytest.raises(UserError, match="another training saved there in the meantime"):
+        slow.train()
+    assert checkpoint.complete(str(run)) == [f"{640:012d}", f"{1280:012d}"]
+    assert len(lines(run)) == 6
+
+
+def test_a_run_that_went_further_is_not_rewritten_by_a_shorter_command(tmp_path, digits):
+    run = tmp_path / "run"
+    train_here(*settings(run, digits))
+    about = json.loads((run / "about.json").read_text()) | {"status": "RUNNING"}
+    (run / "about.json").write_text(json.dumps(about))
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    train_here(*settings(run, digits, "training.images=640"))
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
 def test_a_store_that_does_not_answer_is_not_taken_for_damage(tmp_path, digits, monkeypatch):
     run = tmp_path / "run"
     train_here(*settings(run, digits, "training.images=256", "checkpoint.every=64"))
