@@ -305,7 +305,6 @@ class Trainer:
                 "epoch": self.epoch,
                 "position": self.position,
                 "data": self.readers[0].fingerprint,
-                "world": distributed.world(),
             }
             try:
                 self.tracker.flush()  # what the checkpoint counts as done is reported

@@ -1,6 +1,7 @@
 """What several rooms share: data sets, a real S3 store, a full disk."""
 
 import io
+import os
 import secrets
 import subprocess
 from collections.abc import Collection, Iterator
@@ -50,15 +51,24 @@ def s3(s3_variables: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: 
     forget_clients()
 
 
+@contextmanager
+def small_disk(folder: Path, size: str) -> Iterator[Path]:
+    """A disk of this size, mounted on a new folder. Without root that cannot be: in CI a failure, elsewhere a skip."""
+    folder.mkdir()
+    line = ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", folder]
+    if subprocess.run(line, capture_output=True, check=False).returncode:
+        (pytest.fail if os.environ.get("CI") else pytest.skip)("mounting a small disk needs root")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)
+
+
 @pytest.fixture
 def full_disk(tmp_path: Path) -> Iterator[Path]:
     """A disk of 64 KiB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", disk], capture_output=True).returncode:
-        pytest.skip("mounting a small disk needs root")
-    yield disk
-    subprocess.run(["umount", "--lazy", disk], check=True)
+    with small_disk(tmp_path / "disk", "64k") as disk:
+        yield disk
 
 
 def forget_clients() -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from accelerate.state import AcceleratorState
-from conftest import forget_clients
+from conftest import forget_clients, small_disk
 from PIL import Image
 
 from aaae_dist.arguments import parser
@@ -434,13 +434,7 @@ def test_object_stores_that_do_not_answer_as_hoped(
 
 
 def test_a_full_disk_leaves_the_older_checkpoint(tiny: Path, tmp_path: Path) -> None:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "none", disk], check=False, capture_output=True
-    ).returncode:
-        pytest.skip("mounting needs root")
-    try:
+    with small_disk(tmp_path / "disk", "1m") as disk:
         run, images = disk / "run", "training.images=640"
         assert call("train", tiny, f"training.run={run}", "training.images=160") == 0
         before = contents(run / "checkpoints")
@@ -456,8 +450,6 @@ def test_a_full_disk_leaves_the_older_checkpoint(tiny: Path, tmp_path: Path) -> 
         (disk / "others").unlink()
         assert call("train", tiny, f"training.run={run}", images) == 0
         assert [path.name for path in sorted((run / "checkpoints").iterdir())] == ["000000000480", "000000000640"]
-    finally:
-        subprocess.run(["umount", disk], check=True)
 
 
 def test_results_that_nobody_takes(digits: str) -> None:
