@@ -204,6 +204,21 @@ def test_mistakes_in_a_process_of_their_own(tmp_path: Path, tiny: Path) -> None:
         assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("world", [1, 2])
+def test_ranks_end_without_taking_the_interpreter_down(world: int) -> None:
+    """What gloo's threads still hold would bring such a process to SIGABRT, now and then."""
+    script = (
+        "import atexit; atexit.register(print, 'taken down'); from aaae_dist.cli import main; main(['evaluate', ''])"
+    )
+    variables = os.environ | {"WORLD_SIZE": str(world)}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=variables, capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("aaae: ")
+    assert ("taken down" in done.stdout) == (world == 1)
+
+
 def test_a_file_that_may_not_be_read(capsys: pytest.CaptureFixture[str]) -> None:
     user = os.geteuid()
     with tempfile.TemporaryDirectory() as folder:  # not below tmp_path, where others than the owner see nothing
