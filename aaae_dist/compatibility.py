@@ -13,7 +13,8 @@ MAY_CHANGE = (
     "tracking.",
     "data.url",  # a data set may move; its fingerprint is compared
     "data.workers",
-    "data.cache",
+    "data.cache",  # and data.cache_gb
+    "data.patience",
     "data.bad_share",
     "training.images",
     "training.run",

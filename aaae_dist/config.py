@@ -57,17 +57,27 @@ class Data(Section):
     channels: Literal[1, 3]
     """Channels of the images: 1 (grey) or 3 (RGB). Must be what the index says."""
     size: Annotated[int, Field(ge=1, le=4_096)]
-    """Height and width of the images in pixels. Must be what the index says."""
+    """Height and width of the images in pixels. Must be what the index says, or less with `crop`."""
     workers: Annotated[int, Field(ge=0, le=256)] = 2
     """Threads per process that fetch and decode ahead; 0 does it in the step. The order does not depend on it."""
     lanes: Size = 16
     """Places of the data set that every batch is gathered from. A part of the order: keep it to continue a run."""
-    window: Count = 4096
+    window: Count = 65_536
     """Samples that are shuffled among each other within a lane. A part of the order: keep it to continue a run."""
+    mix: dict[Text, Positive] = {}
+    """Other data sets mixed in, and their weights against the 1 of `url`: mix = {"s3://bucket/other" = 0.5}."""
+    flip: bool = False
+    """Whether training images are mirrored left to right at random."""
+    crop: bool = False
+    """Whether squares of `size` are cut out of larger images: at random places to train, in the middle to judge."""
     bad_share: Annotated[float, Field(ge=0, le=1)] = 0.001
     """Share of unreadable samples (replaced by their neighbours) above which a run stops; ten are always forgiven."""
     cache: str = ""
-    """Folder for shards fetched from an object store; empty: `aaae_dist` in the user's cache folder."""
+    """Folder of this node for shards fetched from an object store; empty: the user's cache folder."""
+    cache_gb: Positive = 20.0
+    """Gigabytes (10^9 bytes) that the cache may hold, over all runs; the least recently used shards make room."""
+    patience: Positive = 120.0
+    """Seconds for which a store that fails is asked again before the run ends."""
 
 
 class Model(Section):
@@ -213,7 +223,8 @@ class Config(Section):
 
     def flat(self) -> dict[str, Any]:
         """Every setting by its dotted name."""
-        return flatten(self.model_dump(mode="json"))
+        tree = self.model_dump(mode="json")
+        return {name: functools.reduce(lambda part, key: part[key], name.split("."), tree) for name in settings()}
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,54 +1,47 @@
-"""Reading: an index -> batches of uint8 images, in the order that `order.py` defines."""
+"""Streams of batches: global batch t, and every rank's slice of it, in the order that `order.py` defines."""
 
-import hashlib
-import io
-import logging
-import os
-import resource
-import tarfile
-import threading
-import weakref
+import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
-from pathlib import Path
-from typing import NamedTuple
+from fractions import Fraction
+from itertools import accumulate, islice, pairwise
+from typing import Any, NamedTuple
 
 import numpy as np
-import simplejpeg
 import torch
-from jaxtyping import Float, UInt8
-from PIL import Image
+from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
-from aaae_dist import storage
-from aaae_dist.config import Data
 from aaae_dist.errors import UserError
 from aaae_dist.order import Order
-from aaae_dist.shards import INDEX, Index, Shard, read_index
-from aaae_dist.sources import UNREADABLE
-
-log = logging.getLogger(__name__)
+from aaae_dist.reader import Reader
+from aaae_dist.workers import Answer, Request, answers
 
 Pixels = UInt8[Tensor, "batch channels height width"]
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "pgm", "ppm")
-KEPT_BYTES = 1 << 26  # a split that takes no more than 64 MB decoded is decoded once
-FORGIVEN = 10  # unreadable samples that stop no run, however small the data set
+
+VERSION = 1  # of the state
 
 
 class Batch(NamedTuple):
-    """One rank's part of a global batch, and where the stream goes on after it."""
+    """One rank's part of a global batch.
+
+    `mask` is false for rows that only fill the batch up. Of the seconds that it took: `fetching` and `decoding`;
+    `finished` is a time of `time.perf_counter()`.
+    """
 
     images: Pixels
     keys: list[str]
     labels: list[int | None]
-    epoch: int
-    position: int
+    mask: Bool[Tensor, " batch"]
+    fetching: float
+    decoding: float
+    finished: float
 
 
 def to_float(pixels: UInt8[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """Bytes 0..255 to float32 in [-1, 1]."""
-    return pixels.to(torch.float32).div_(127.5).sub_(1)
+    """Bytes 0..255 to float32 in [-1, 1], contiguous."""
+    return pixels.to(torch.float32, memory_format=torch.contiguous_format).div_(127.5).sub_(1)
 
 
 def to_uint8(images: Float[Tensor, "*shape"]) -> UInt8[Tensor, "*shape"]:
@@ -56,222 +49,197 @@ def to_uint8(images: Float[Tensor, "*shape"]) -> UInt8[Tensor, "*shape"]:
     return images.float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-class Reader:
-    """Samples of one split by (shard, number), from local files or from an object store through a cache folder.
+def batch_of(answer: Answer, *, rows: int) -> Batch:
+    """An answer as a batch whose first so many rows are samples."""
+    told, empty = answer.told, len(answer.pixels) - rows
+    return Batch(
+        torch.from_numpy(answer.pixels).permute(0, 3, 1, 2),
+        told.keys + [""] * empty,
+        told.labels + [None] * empty,
+        torch.arange(len(answer.pixels)) < rows,
+        told.fetching,
+        told.decoding,
+        time.perf_counter(),
+    )
 
-    Safe to use from several threads.
+
+def quotas(ends: Sequence[Fraction], *, before: int, count: int) -> list[int]:
+    """How many of `count` samples, after `before` earlier ones, come from each of several data sets.
+
+    Of the first n samples, a data set with a share w has w n, to within one, for every n.
+
+    Args:
+        ends: 0 and the sums of the first, first two, ... shares; the last is 1. A share is at least 1 / count.
+    """
+    earlier, later = (
+        [(2 * n * end.numerator + end.denominator) // (2 * end.denominator) for end in ends]  # rounded n * end
+        for n in (before, before + count)
+    )
+    taken = [b - a for a, b in zip(earlier, later, strict=True)]
+    return [b - a for a, b in pairwise(taken)]
+
+
+class Stream:
+    """This rank's part of every global batch, for ever.
+
+    Global batch t is a pure function of (seed, t): the same samples in the same order for any ranks and workers. No
+    sample comes twice in an epoch; an epoch leaves out fewer than a batch and the lanes' remainder; all ranks get the
+    same number of batches. Several data sets are mixed by exact quotas, and each has epochs of its own.
     """
 
-    def __init__(self, data: Data, *, split: str) -> None:
-        """Read the index and see that the split is there, whole, and of the shape that `data` says.
+    def __init__(
+        self,
+        readers: Sequence[Reader],
+        *,
+        weights: Sequence[float] = (1.0,),
+        seed: int,
+        lanes: int,
+        window: int,
+        batch_size: int,
+        world: int = 1,
+        rank: int = 0,
+        workers: int = 0,
+    ) -> None:
+        """Check that batches can be made.
+
+        Args:
+            batch_size: samples of a global batch.
+            workers: threads that fetch and decode ahead; 0: it is done when a batch is asked for.
 
         Raises:
-            UserError: it is not.
+            UserError: `batch_size` does not divide by `world`, or is too large or too small for a data set.
         """
-        self.data, self.url, self.index = data, data.url, read_index(data.url)
-        self.shards = [shard for shard in self.index.shards if shard.split == split]
-        check(self.index, url=data.url, split=split, channels=data.channels, size=data.size)
-        self.cache = Path(data.cache or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "aaae_dist"
-        # Of opened shards: their files, the samples' names, and where their members lie.
-        self.files: dict[int, int] = {}
-        self.names: dict[int, list[str]] = {}
-        self.members: dict[int, list[dict[str, tuple[int, int]]]] = {}
-        self.locks = [threading.Lock() for _ in self.shards]
-        allow_open_files(len(self.shards))
-        self.bad: set[tuple[int, int]] = set()
-        self.kept: dict[tuple[int, int], tuple[np.ndarray, str, int | None]] = {}
-
-    @property
-    def counts(self) -> list[int]:
-        return [shard.samples for shard in self.shards]
-
-    def __len__(self) -> int:
-        return sum(self.counts)
-
-    @property
-    def fingerprint(self) -> str:
-        """Of the split: changes when any shard does."""
-        return hashlib.sha256(
-            "\n".join(f"{shard.url} {shard.samples} {shard.sha256}" for shard in self.shards).encode()
-        ).hexdigest()[:16]
-
-    def batch(self, samples: Sequence[tuple[int, int]], *, epoch: int = 0, position: int = 0) -> Batch:
-        """Read and decode.
-
-        An unreadable sample is counted, reported, and replaced by the next readable one of its shard.
-        """
-        images = np.empty((len(samples), self.data.channels, self.data.size, self.data.size), np.uint8)
-        keys, labels = [], []
-        for row, (shard, number) in enumerate(samples):
-            images[row], key, label = self.kept.get((shard, number)) or self.read(shard, number)
-            keys.append(key)
-            labels.append(label)
-        return Batch(torch.from_numpy(images), keys, labels, epoch, position)
-
-    def read(self, shard: int, number: int) -> tuple[np.ndarray, str, int | None]:
-        """Pixels (channels, height, width), key and label of a sample, or of the next readable one of its shard."""
-        count = self.shards[shard].samples
-        pixels = np.empty((self.data.size, self.data.size, self.data.channels), np.uint8)
-        self.open(shard)
-        for candidate in range(number, number + count):
-            member = self.members[shard][candidate % count]
-            try:
-                self.decode_into(pixels, shard, member)
-                label = int(self.bytes_of(shard, member["cls"])) if "cls" in member else None
-            except UNREADABLE as error:
-                self.note_bad(shard, candidate % count, error)
-                continue
-            sample = pixels.transpose(2, 0, 1), self.names[shard][candidate % count], label
-            if len(self) * pixels.nbytes <= KEPT_BYTES:
-                self.kept[shard, number] = sample
-            return sample
-        raise UserError(f"{self.place(shard)}: none of its {count} samples can be read; prepare the data set anew")
-
-    def note_bad(self, shard: int, number: int, error: Exception) -> None:
-        with self.locks[shard]:  # two threads may meet the same one
-            new = (shard, number) not in self.bad
-            self.bad.add((shard, number))
-        if new:
-            log.warning(
-                "%s: sample %s cannot be read (%s); its neighbour takes its place",
-                self.place(shard),
-                self.names[shard][number],
-                storage.one_line(error),
-            )
-        if len(self.bad) > max(FORGIVEN, self.data.bad_share * len(self)):
+        self.readers, self.workers = readers, workers
+        self.orders = [Order(reader.counts, seed=seed, lanes=lanes, window=window) for reader in readers]
+        self.batch_size, self.rows = batch_size, batch_size // world
+        self.share = slice(rank * self.rows, (rank + 1) * self.rows)
+        shares = [Fraction(weight) / sum(map(Fraction, weights)) for weight in weights]
+        self.ends = list(accumulate(shares, initial=Fraction(0)))
+        if (least := float(min(shares) * batch_size)) < 1:
             raise UserError(
-                f"{self.url}: {len(self.bad)} unreadable samples, more than data.bad_share = {self.data.bad_share} "
-                "allows; prepare the data set anew, or raise it"
+                f"data.mix: the smallest weight gives {least:.2g} of the {batch_size} images of a batch; raise it, or "
+                "training.batch_size, so that it is at least one"
             )
-
-    def decode_into(self, pixels: np.ndarray, shard: int, member: dict[str, tuple[int, int]]) -> None:
-        extension = next((name for name in IMAGE_EXTENSIONS if name in member), None)
-        if extension is None:
-            raise ValueError(f"no image among {', '.join(member)}")
-        data = self.bytes_of(shard, member[extension])
-        if extension in ("jpg", "jpeg"):
-            decoded = simplejpeg.decode_jpeg(data, "GRAY" if self.data.channels == 1 else "RGB")
-        else:
-            decoded = np.asarray(Image.open(io.BytesIO(data)).convert("L" if self.data.channels == 1 else "RGB"))
-        if decoded.shape[:2] != (self.data.size, self.data.size):
-            raise ValueError(
-                f"{decoded.shape[1]} x {decoded.shape[0]} pixels instead of {self.data.size} x {self.data.size}"
+        if batch_size % world:
+            raise UserError(
+                f"training.batch_size {batch_size}: not a multiple of the {world} ranks; choose one that is"
             )
-        pixels[:] = decoded.reshape(pixels.shape)
-
-    def bytes_of(self, shard: int, member: tuple[int, int]) -> bytes:
-        offset, size = member
-        data = os.pread(self.files[shard], size, offset)
-        if len(data) != size:
-            raise ValueError(f"{len(data)} bytes of {size}")
-        return data
-
-    def place(self, shard: int) -> str:
-        return storage.join(self.url, self.shards[shard].url)
-
-    def open(self, shard: int) -> None:
-        """Open a shard once, checked against the index, and list its samples."""
-        if shard in self.members:
-            return
-        with self.locks[shard]:
-            if shard in self.members:
-                return
-            path = obtain(self.place(shard), self.shards[shard], self.cache)
-            with storage.explained(self.place(shard)):
-                self.files[shard] = os.open(path, os.O_RDONLY)
-                weakref.finalize(self, os.close, self.files[shard])
-                self.names[shard], members = list_samples(path)
-            if len(members) != self.shards[shard].samples:
+        for order, most in zip(self.orders, quotas(self.ends, before=0, count=batch_size), strict=True):
+            if most + (len(readers) > 1) > order.length:
                 raise UserError(
-                    f"{self.place(shard)}: {len(members)} samples, but the index says {self.shards[shard].samples}; "
-                    "prepare the data set anew"
+                    f"training.batch_size {batch_size}: larger than the {order.length} samples of an epoch; choose a "
+                    "smaller one, or prepare more images"
                 )
-            self.members[shard] = members  # last: other threads take it as a sign that all is there
+        self.begun = False
+        self.state: dict[str, Any] = {
+            "version": VERSION,
+            "order": {"seed": seed, "lanes": lanes, "window": window},
+            "samples": 0,
+            "sets": [{"fingerprint": reader.fingerprint, "epoch": 0, "position": 0} for reader in readers],
+        }
 
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream stands after the batches that were handed over: a few numbers, equal on all ranks."""
+        return self.state
 
-def allow_open_files(count: int) -> None:
-    """Raise this process's soft limit of open files, often 1,024, if a reader of so many shards may need more."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and 2 * count + 256 > soft:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where another stream stood, of any ranks, workers and batch size.
 
+        Raises:
+            UserError: it is of another order or data set, or this stream has begun.
+        """
+        if self.begun:
+            raise UserError("the stream has begun; load its state before the first batch")
+        for name in ("version", "order"):
+            if state[name] != self.state[name]:
+                raise UserError(f"data: the saved {name} is {state[name]}, not {self.state[name]}; set it back")
+        theirs, ours = ([part["fingerprint"] for part in each["sets"]] for each in (state, self.state))
+        if theirs != ours:
+            raise UserError(
+                f"{', '.join(reader.url for reader in self.readers)}: not the data that the state was saved with, "
+                f"its shards differ (fingerprint {', '.join(ours)} instead of {', '.join(theirs)}); bring that back"
+            )
+        self.state = state
 
-def check(index: Index, *, url: str, split: str, channels: int, size: int) -> None:
-    """Raise a UserError unless the index has this split, its images have this shape, and its shards are there."""
-    place, splits = storage.join(url, INDEX), sorted({shard.split for shard in index.shards})
-    if split not in splits:
-        raise UserError(
-            f'data.split or data.held_out "{split}": {place} has only {", ".join(splits)}; choose one of these'
-        )
-    if (index.channels, index.height, index.width) != (channels, size, size):
-        raise UserError(
-            f"data.channels {channels}, data.size {size}: {place} says {index.channels} channels of {index.height} x "
-            f"{index.width} pixels; set both to what was prepared"
-        )
-    chosen = [shard for shard in index.shards if shard.split == split]
-    if not sum(shard.samples for shard in chosen):
-        raise UserError(f'{place}: split "{split}" is empty; prepare the data set anew')
-    there = storage.listing(url)
-    if missing := [shard.url for shard in chosen if shard.url not in there]:
-        raise UserError(
-            f"{storage.join(url, missing[0])}: no such file, {len(missing)} of {len(chosen)} shards are missing; "
-            "bring them back or prepare the data set anew"
-        )
-    if cut := [shard for shard in chosen if there[shard.url] != shard.bytes]:
-        raise UserError(
-            f"{storage.join(url, cut[0].url)}: {there[cut[0].url]} bytes, but the index says {cut[0].bytes}; it was "
-            "cut short or replaced: prepare the data set anew"
-        )
+    def skip(self, batches: int) -> None:
+        """Go to where the stream stands after so many batches from its start. One data set only."""
+        (order,), (part,) = self.orders, self.state["sets"]
+        epoch, position = order.after(batches, batch_size=self.batch_size)
+        sets = [part | {"epoch": epoch, "position": position}]
+        self.load_state_dict(self.state | {"samples": batches * self.batch_size, "sets": sets})
 
+    def __iter__(self) -> Iterator[Batch]:
+        self.begun, states = True, deque()
+        workers = 0 if all(reader.keep for reader in self.readers) else self.workers  # decoded once, there is no work
+        try:
+            for answer in answers(self.readers, self.requests(states), rows=self.rows, workers=workers):
+                self.state = states.popleft()
+                yield batch_of(answer, rows=self.rows)
+        finally:
+            for reader in self.readers:
+                reader.plan("stream", [])
 
-def find_damage(place: str, shard: Shard, data: bytes) -> str:
-    """What is wrong with these bytes, by the index; nothing if they are what it promises."""
-    if len(data) != shard.bytes:
-        return (
-            f"{place}: {len(data)} bytes, but the index says {shard.bytes}; "
-            "it was cut short or replaced: prepare the data set anew"
-        )
-    if hashlib.sha256(data).hexdigest() != shard.sha256:
-        return f"{place}: its sha256 is not the index's; it was damaged or replaced: prepare the data set anew"
-    return ""
-
-
-def obtain(place: str, shard: Shard, cache: Path) -> Path:
-    """Path of a local shard, or of a remote one's local copy, downloaded if need be; as the index promises it."""
-    if storage.is_local(place):
-        path = storage.local_path(place)
-    else:
-        path = cache / f"{shard.sha256}.tar"  # named by its content, so that it cannot be another's
-        with storage.explained(str(path)):
-            if path.exists() and not find_damage(place, shard, path.read_bytes()):
-                return path
-    data = storage.read(place)
-    if damage := find_damage(place, shard, data):
-        raise UserError(damage)
-    if not storage.is_local(place):
-        storage.write(str(path), data)
-    return path
-
-
-def list_samples(path: Path) -> tuple[list[str], list[dict[str, tuple[int, int]]]]:
-    """Keys of a tar's samples, grouped as webdataset does, and by extension the (offset, size) of their members."""
-    names: list[str] = []
-    samples: list[dict[str, tuple[int, int]]] = []
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                folder, _, name = member.name.rpartition("/")
-                stem, dot, extension = name.partition(".")
-                if not member.isfile() or not dot:
+    def requests(self, states: deque[dict[str, Any]]) -> Iterator[Request]:
+        """For every batch from here on, what this rank reads; the state after each is appended to `states`."""
+        state, planned = self.state, {}
+        while True:
+            reads, plans, sets, start = [], {}, [], 0
+            for n, quota in enumerate(quotas(self.ends, before=state["samples"], count=self.batch_size)):
+                order, at = self.orders[n], state["sets"][n]
+                epoch, position = at["epoch"], at["position"]
+                if position + quota > order.length:
+                    epoch, position = epoch + 1, 0
+                sets.append(at | {"epoch": epoch, "position": position + quota})
+                mine = slice(*(min(max(edge - start, 0), quota) for edge in (self.share.start, self.share.stop)))
+                start += quota
+                if mine.start == mine.stop:
                     continue
-                key = f"{folder}/{stem}" if folder else stem
-                if not names or names[-1] != key:
-                    names.append(key)
-                    samples.append({})
-                samples[-1][extension.lower()] = (member.offset_data, member.size)
-    except tarfile.TarError as error:
-        raise UserError(f"{path}: not a tar file ({storage.one_line(error)}); prepare the data set anew") from None
-    return names, samples
+                reads.append((n, order.samples(epoch, position, position + quota, mine)))
+                if planned.get(n) != (now := (epoch, order.block(position))):
+                    planned[n] = now
+                    plans[n] = shards_ahead(order, *now, (mine.start / quota, mine.stop / quota))
+                    self.readers[n].plan("stream", plans[n])
+            state = state | {"samples": state["samples"] + self.batch_size, "sets": sets}
+            states.append(state)
+            yield Request(reads, plans)
+
+
+def shards_ahead(order: Order, epoch: int, block: int, share: tuple[float, float]) -> list[int]:
+    """The shards in play in a block of an epoch, then those of the block after it."""
+    following = order.in_play(epoch, block + 1, share) or order.in_play(epoch + 1, 0, share)
+    return list(dict.fromkeys(order.in_play(epoch, block, share) + following))
+
+
+def sweep(
+    reader: Reader, *, limit: int, batch_size: int, world: int = 1, rank: int = 0, workers: int = 0
+) -> Iterator[Batch]:
+    """The first `limit` samples exactly once over all ranks, for evaluation, cut to `data.size` in their middle.
+
+    Every rank gets the same number of batches of `batch_size` rows; those that only fill up are masked.
+    """
+    numbers = [np.stack([np.full(count, shard), np.arange(count)], axis=1) for shard, count in enumerate(reader.counts)]
+    places = np.concatenate(numbers)[:limit]
+    starts = range(rank * batch_size, -(-len(places) // (world * batch_size)) * world * batch_size, world * batch_size)
+    parts = [places[start : start + batch_size] for start in starts]
+    reader.plan("sweep", list(dict.fromkeys(shard for part in parts for shard in part[:, 0].tolist())))
+
+    def read(part: np.ndarray) -> Batch:
+        pixels = np.zeros((batch_size, *reader.shape), np.uint8)
+        batch = batch_of(Answer(pixels, reader.read(part, pixels[: len(part)])), rows=len(part))
+        return batch._replace(images=middle(batch.images, reader.data.size))
+
+    try:
+        yield from ahead((lambda part=part: read(part) for part in parts), workers=workers)
+    finally:
+        reader.plan("sweep", [])
+
+
+def middle(
+    images: UInt8[Tensor, "batch channels height width"], size: int
+) -> UInt8[Tensor, "batch channels size size"]:
+    """The middle square of images."""
+    top, left = ((side - size) // 2 for side in images.shape[2:])
+    return images[:, :, top : top + size, left : left + size]
 
 
 def ahead(calls: Iterator, *, workers: int) -> Iterator:
@@ -288,59 +256,3 @@ def ahead(calls: Iterator, *, workers: int) -> Iterator:
             yield result
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
-
-
-def stream(
-    reader: Reader,
-    *,
-    seed: int,
-    lanes: int,
-    window: int,
-    batch_size: int,
-    world: int,
-    rank: int,
-    workers: int,
-    epoch: int = 0,
-    position: int = 0,
-) -> Iterator[Batch]:
-    """This rank's part of every global batch, for ever, from `position` of `epoch` on.
-
-    No sample comes twice in an epoch; an epoch leaves out fewer than `batch_size` samples plus the lanes' remainder;
-    every rank gets the same number of batches.
-
-    Raises:
-        UserError: `batch_size` does not divide by `world`, or is larger than the split.
-    """
-    order = Order(reader.counts, seed=seed, lanes=lanes, window=window)
-    if batch_size % world:
-        raise UserError(f"training.batch_size {batch_size}: not a multiple of the {world} ranks; choose one that is")
-    if batch_size > order.length:
-        raise UserError(
-            f"training.batch_size {batch_size}: larger than the {order.length} samples of an epoch; choose a smaller "
-            "one, or prepare more images"
-        )
-    share = slice(rank * batch_size // world, (rank + 1) * batch_size // world)
-
-    def calls(epoch: int, position: int) -> Iterator:
-        while True:
-            if position + batch_size > order.length:
-                epoch, position = epoch + 1, 0
-            samples = order.samples(epoch, position, position + batch_size)[share]
-            position += batch_size
-            yield lambda samples=samples, epoch=epoch, position=position: reader.batch(
-                samples, epoch=epoch, position=position
-            )
-
-    return ahead(calls(epoch, position), workers=workers)
-
-
-def sweep(reader: Reader, *, limit: int, batch_size: int, world: int, rank: int, workers: int) -> Iterator[Batch]:
-    """The first `limit` samples exactly once over all ranks, each rank every world-th, for evaluation.
-
-    A rank may get none.
-    """
-    samples = [(shard, number) for shard, count in enumerate(reader.counts) for number in range(count)][:limit][
-        rank::world
-    ]
-    parts = (samples[start : start + batch_size] for start in range(0, len(samples), batch_size))
-    return ahead((lambda part=part: reader.batch(part) for part in parts), workers=workers)

@@ -85,6 +85,15 @@ def from_rank_0(value: Any) -> Any:
     return box[0]
 
 
+def gather(value: Any) -> list[Any]:
+    """Every rank's value, by rank, on every rank. All ranks must call it."""
+    if world() == 1:
+        return [value]
+    found: list[Any] = [None] * world()
+    dist.all_gather_object(found, value)
+    return found
+
+
 class HostCopy:
     """A small tensor on its way to the host: reading it waits for the work before it on its device, not after it."""
 

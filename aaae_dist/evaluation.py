@@ -6,11 +6,12 @@ import torch
 from torch.nn.functional import adaptive_avg_pool2d
 
 from aaae_dist.aaae import GenerativeAutoencoder
-from aaae_dist.data import Reader, sweep
+from aaae_dist.data import sweep
 from aaae_dist.distributed import rank, sum_over_ranks, world
 from aaae_dist.inference import images_for, sample_codes
 from aaae_dist.metrics import Features, RunningMoments, effective_rank, frechet_distance, psnr
 from aaae_dist.networks import Images
+from aaae_dist.reader import Reader
 
 EVALUATION_SEED = 0x5EED  # the same samples for every run, so that runs compare
 THUMBNAIL = 16  # pixels: small enough for a covariance, and no extractor is needed
@@ -33,7 +34,7 @@ def evaluate(
     error = torch.zeros(2, dtype=torch.float64, device=device)
     for batch in sweep(held_out, limit=len(held_out), **part):
         images = images_for(model, batch.images)
-        squares = (model.decode(model.encode(images)).clamp(-1, 1) - images).double().square()
+        squares = (model.decode(model.encode(images)).clamp(-1, 1) - images)[batch.mask].double().square()
         error += torch.stack([squares.sum(), squares.new_tensor(squares.numel())])
     total, count = sum_over_ranks(error).tolist()
     yield "reconstruction/held_out_mse", total / count
@@ -45,8 +46,8 @@ def evaluate(
     codes, reals = RunningMoments(code_size, device), RunningMoments(train.data.channels * thumbnail**2, device)
     for batch in sweep(train, limit=samples, **part):
         images = images_for(model, batch.images)
-        codes.add(model.encode(images))
-        reals.add(thumbnails(images))
+        codes.add(model.encode(images)[batch.mask])
+        reals.add(thumbnails(images[batch.mask]))
     generated, fakes = RunningMoments(code_size, device), RunningMoments(train.data.channels * thumbnail**2, device)
     for first in range(rank() * batch_size, samples, world() * batch_size):
         drawn = sample_codes(model, seed=EVALUATION_SEED, first=first, count=min(batch_size, samples - first))

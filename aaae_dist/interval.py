@@ -8,7 +8,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from aaae_dist.aaae import Turn
-from aaae_dist.distributed import sum_over_ranks, world
+from aaae_dist.data import Batch
+from aaae_dist.distributed import rank, sum_over_ranks, world
 from aaae_dist.metrics import RunningMoments, effective_rank, moments_of
 
 
@@ -18,7 +19,12 @@ class Interval:
     def __init__(self, networks: Sequence[str], *, code_size: int, device: torch.device) -> None:
         self.networks = networks
         self.reports: dict[str, Float[Tensor, ""]] = {}
-        self.forwards, self.steps, self.waited, self.began = 0, 0, 0.0, time.perf_counter()
+        self.forwards, self.steps, self.began = 0, 0, time.perf_counter()
+        self.waits = [
+            0.0,
+            0.0,
+            0.0,
+        ]  # seconds for bytes to be fetched, to be decoded, and for batches to be handed over
         self.norms = torch.zeros(len(networks), dtype=torch.float64, device=device)
         self.codes = RunningMoments(code_size, device)
 
@@ -36,22 +42,41 @@ class Interval:
         self.norms += norms
         self.steps += 1
 
-    def means(self, *, batch_size: int, bad_samples: int) -> dict[str, float]:
+    def add_wait(self, batch: Batch, *, began: float) -> None:
+        """Count the time from `began` until now, in which the step waited for a batch, by what the batch waited for."""
+        now = time.perf_counter()
+        handing = now - max(began, batch.finished)
+        making = max(now - began - handing, 0.0) / max(batch.fetching + batch.decoding, 1e-9)
+        for i, seconds in enumerate((making * batch.fetching, making * batch.decoding, handing)):
+            self.waits[i] += seconds
+
+    def means(self, *, batch_size: int) -> dict[str, float]:
         """Means over the interval and all ranks, by one all-reduce and one copy to the host. All ranks must call it.
+
+        Of the waiting for data: every rank's share of its time, and where it went on the rank that waits longest.
 
         Args:
             batch_size: images of a step over all ranks.
-            bad_samples: that this rank has met since its start.
         """
         elapsed = time.perf_counter() - self.began
         reports = torch.stack(list(self.reports.values())) / self.forwards
-        own = self.norms.new_tensor([self.waited, bad_samples])
-        sums = sum_over_ranks(torch.cat([reports, self.norms / self.steps, own, self.codes.sums])).cpu()
-        codes = moments_of(sums[-len(self.codes.sums) :], self.codes.size)
-        names = [*self.reports, *(f"gradient_norm/{name}" for name in self.networks), "speed/data_wait_seconds"]
-        figures = dict(zip(names, (sums / world()).tolist(), strict=False))
+        waits = self.norms.new_zeros((world(), 3))
+        waits[rank()] = waits.new_tensor(self.waits) / elapsed
+        parts = [reports, self.norms / self.steps, waits.flatten(), self.codes.sums]
+        sums = sum_over_ranks(torch.cat(parts)).cpu().split([len(part) for part in parts])
+        names = [*self.reports, *(f"gradient_norm/{name}" for name in self.networks)]
+        figures = dict(zip(names, (torch.cat(sums[:2]) / world()).tolist(), strict=True))
         figures["speed/images_per_second"] = self.steps * batch_size / elapsed
-        figures["data/bad_samples"] = sums[len(names)].item()
+        figures |= describe_waits(sums[2].view(-1, 3))
+        codes = moments_of(sums[3], self.codes.size)
         figures["codes/rms"] = (codes.covariance.diagonal() + codes.mean.square()).mean().sqrt().item()
         figures["codes/effective_rank"] = effective_rank(codes.covariance)
         return figures
+
+
+def describe_waits(waits: Float[Tensor, "rank 3"]) -> dict[str, float]:
+    """What is logged of the shares of their time that ranks waited for data: fetching, decoding, hand-over."""
+    slowest = int(waits.sum(1).argmax())
+    shares = {f"data/wait_of_rank/{number}": share for number, share in enumerate(waits.sum(1).tolist())}
+    parts = dict(zip(("fetching", "decoding", "hand_over"), waits[slowest].tolist(), strict=True))
+    return shares | {"data/slowest_rank": slowest} | {f"data/wait/{name}": share for name, share in parts.items()}

@@ -9,15 +9,16 @@ from collections import OrderedDict
 from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import Int32, Int64
 
 
 class Order:
     """The order of one epoch after another: (seed, epoch, position) -> (shard, sample in it).
 
     The shards are permuted and laid end to end, the line is cut into `lanes` equal ones, and within a lane every
-    `window` samples are permuted. Position p is lane p mod lanes, offset p // lanes: a batch is gathered from places
-    far apart, while few shards are needed at a time. Fewer samples than there are lanes are left out, other ones in
-    every epoch.
+    `window` samples, a *block*, are permuted. Position p is lane p mod lanes, offset p // lanes: a batch is gathered
+    from places far apart, while only the shards under one block of every lane are in play at a time. Fewer samples than
+    there are lanes are left out, other ones in every epoch.
     """
 
     def __init__(self, counts: Sequence[int], *, seed: int, lanes: int, window: int) -> None:
@@ -25,33 +26,70 @@ class Order:
         self.seed, self.lanes, self.window = seed, min(lanes, int(self.counts.sum())), window
         self.lane_length = int(self.counts.sum()) // self.lanes
         self.length = self.lane_length * self.lanes
-        self.cache: OrderedDict[tuple[int, ...], np.ndarray] = OrderedDict()
+        self.lines: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()  # of the epochs last asked for
+        self.blocks: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
 
-    def permutation(self, count: int, *key: int) -> np.ndarray:
+    def permutation(self, count: int, *key: int) -> Int32[np.ndarray, " count"]:
         """A permutation that is a pure function of (seed, key).
 
         Philox's raw stream never changes between numpy versions.
         """
-        if key not in self.cache:
-            draws = np.random.Philox(np.random.SeedSequence(self.seed, spawn_key=key)).random_raw(count)
-            self.cache[key] = draws.argsort(kind="stable")
-            while len(self.cache) > 4 * self.lanes:
-                self.cache.popitem(last=False)
-        return self.cache[key]
+        draws = np.random.Philox(np.random.SeedSequence(self.seed, spawn_key=key)).random_raw(count)
+        return draws.argsort(kind="stable").astype(np.int32)
 
-    def samples(self, epoch: int, start: int, stop: int) -> list[tuple[int, int]]:
-        """The (shard, sample) at positions start, ..., stop - 1 of an epoch, those of one lane side by side."""
-        shards = self.permutation(len(self.counts), epoch)
-        ends = self.counts[shards].cumsum()
-        found = []
-        for position in sorted(range(start, stop), key=lambda p: p % self.lanes):
-            lane, offset = position % self.lanes, position // self.lanes
-            block, inside = divmod(offset, self.window)
+    def line(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The shards of an epoch in their order, and where each ends on the line of all samples."""
+        if epoch not in self.lines:
+            shards = self.permutation(len(self.counts), epoch)
+            self.lines[epoch] = shards, self.counts[shards].cumsum()
+            while len(self.lines) > 3:
+                self.lines.popitem(last=False)
+        return self.lines[epoch]
+
+    def samples(self, epoch: int, start: int, stop: int, share: slice = slice(None)) -> Int64[np.ndarray, "n 2"]:
+        """The (shard, sample) at positions start, ..., stop - 1 of an epoch, those of one lane side by side.
+
+        Args:
+            share: of them, for instance those of one rank.
+        """
+        offset, lane = np.divmod(np.arange(start, stop), self.lanes)
+        chosen = lane.argsort(kind="stable")[share]
+        lane, (block, inside) = lane[chosen], np.divmod(offset[chosen], self.window)
+        for number in np.unique(block):
+            here = block == number
+            inside[here] = self.shuffled(epoch, int(number))[lane[here], inside[here]]
+        place = lane * self.lane_length + block * self.window + inside
+        shards, ends = self.line(epoch)
+        at = ends.searchsorted(place, side="right")
+        return np.stack([shards[at], place - (ends - self.counts[shards])[at]], axis=1)
+
+    def shuffled(self, epoch: int, block: int) -> Int32[np.ndarray, "lane window"]:
+        """The permutations of a block of every lane."""
+        if (epoch, block) not in self.blocks:
             size = min(self.window, self.lane_length - block * self.window)
-            place = lane * self.lane_length + block * self.window + self.permutation(size, epoch, lane, block)[inside]
-            at = int(ends.searchsorted(place, side="right"))
-            found.append((int(shards[at]), int(place - (ends[at] - self.counts[shards[at]]))))
-        return found
+            self.blocks[epoch, block] = np.stack(
+                [self.permutation(size, epoch, lane, block) for lane in range(self.lanes)]
+            )
+            while len(self.blocks) > 3:  # a batch may lie across two, the next one may be asked for already
+                self.blocks.popitem(last=False)
+        return self.blocks[epoch, block]
+
+    def block(self, position: int) -> int:
+        """The block, of every lane, that a position lies in."""
+        return position // self.lanes // self.window
+
+    def in_play(self, epoch: int, block: int, share: tuple[float, float] = (0, 1)) -> list[int]:
+        """The shards under a block of the lanes in this share of the batch; none behind an epoch's last block."""
+        shards, ends = self.line(epoch)
+        first, last = int(share[0] * self.lanes), min(int(np.ceil(share[1] * self.lanes)), self.lanes)
+        found: dict[int, None] = {}
+        for lane in range(first, last):
+            start = lane * self.lane_length + block * self.window
+            stop = min(start + self.window, (lane + 1) * self.lane_length)
+            if start < stop:
+                low, high = ends.searchsorted([start, stop - 1], side="right")
+                found |= dict.fromkeys(shards[low : high + 1].tolist())
+        return list(found)
 
     def after(self, batches: int, *, batch_size: int) -> tuple[int, int]:
         """The (epoch, position) at which a stream goes on after so many global batches from the start."""

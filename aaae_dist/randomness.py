@@ -47,3 +47,8 @@ def gaussian(keys: Keys, shape: tuple[int, ...], *, stream: int, dtype: torch.dt
     angle = (bits & 0xFFFFFF).float().mul_(2 * math.pi * 2.0**-24)
     normal = torch.stack([radius * angle.cos(), radius * angle.sin()], dim=-1).flatten(1)[:, :count]
     return normal.reshape(len(keys), *shape).to(dtype)
+
+
+def integers(keys: Keys, below: int, *, stream: int) -> Int64[Tensor, " batch"]:
+    """A number 0, ..., below - 1 for every key, all as likely to 2^-24; `below` is at most 2^24."""
+    return (mix(keys + signed(stream * 0xD1B54A32D192ED03)) >> 40 & 0xFFFFFF) * below >> 24

@@ -1,160 +1,346 @@
 """Sources of images: what `aaae prepare` reads. A new data set is a function here and a line in SOURCES."""
 
-import gzip
-import io
-import struct
-import zlib
+import errno
+import json
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from itertools import accumulate
+from pathlib import PurePosixPath
 from typing import Literal, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
 
 from aaae_dist import storage
+from aaae_dist.archives import Tgz, Zip, require
 from aaae_dist.errors import UserError
-
-EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
-UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what PIL raises at bad bytes
-Image.MAX_IMAGE_PIXELS = 100_000_000  # twice as many raise: a small file may claim to be a huge picture
-
-
-class Example(NamedTuple):
-    """One image: its name, pixels (height, width) or (height, width, 3) of uint8, class, and official split if any."""
-
-    key: str
-    pixels: np.ndarray
-    label: int | None
-    split: str = ""
+from aaae_dist.formats import read_attributes, read_cifar10, read_idx, read_mat, read_partition
+from aaae_dist.images import EXTENSIONS, decode
+from aaae_dist.names import check_labels, classify, distinct, files_below, read_labels
+from aaae_dist.shards import named_split
+from aaae_dist.tars import Offsets, read_sample, scan
 
 
 class Source(NamedTuple):
-    """Images to prepare: how many, the i-th of them (None: unreadable), the classes, the usual size and channels."""
+    """Images to prepare: their names, and how to read one. A new data set is a function that returns this."""
 
-    count: int
-    example: Callable[[int], Example | None]
-    classes: Sequence[str]
-    size: int
-    channels: Literal[1, 3]
+    keys: Sequence[str]  # unique, no dots (webdataset ends a key at its first dot); may contain "/"
+    read: Callable[[int], np.ndarray]  # i -> uint8 (height, width) or (height, width, 3), upright; thread-safe;
+    # ValueError(reason) if this image cannot be read; UserError if the store fails
+    size: int  # usual side of the prepared images in pixels
+    channels: Literal[1, 3]  # usual
+    classes: Sequence[str] = ()  # names
+    labels: Sequence[int] | None = None  # class of every image
+    splits: Sequence[str] | None = None  # official split of every image: "train", "val", "test"
+    attributes: Sequence[str] = ()  # names of yes/no attributes
+    marks: np.ndarray | None = None  # uint8 (images, attributes) of 0 and 1
+    crop: int = 0  # usual side of the middle square cut out before resizing; 0: the short side
 
 
-def digits(folder: str) -> Source:
+# --- data sets with a name
+
+
+def digits(url: str, *, labels: str = "") -> Source:
     """scikit-learn's copy of the UCI test set of handwritten digits: 1,797 real grey images of 8 x 8 pixels."""
     from sklearn.datasets import load_digits
 
-    if folder:
-        raise UserError(f"aaae prepare digits {folder}: scikit-learn brings these images; give no folder")
-    values, labels = (np.asarray(part) for part in load_digits(return_X_y=True))
+    if url:
+        raise UserError(f"aaae prepare digits {url}: scikit-learn brings these images; give no folder")
+    refuse_labels("digits", labels)
+    values, numbers = (np.asarray(part) for part in load_digits(return_X_y=True))
     pixels = np.rint(values * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8)
-    names = [str(i) for i in range(10)]
-    return Source(len(pixels), lambda i: Example(f"{i:06d}", pixels[i], int(labels[i])), names, size=8, channels=1)
-
-
-def mnist(folder: str) -> Source:
-    """The official idx files, gzipped or not: train- and t10k-images-idx3-ubyte with labels, or one of the two."""
-    if not folder:
-        raise UserError("aaae prepare mnist: give the folder (or fsspec URL) that holds the official files")
-    parts = []
-    for name, split in (("train", "train"), ("t10k", "test")):
-        images, labels = (find_idx(folder, f"{name}-{kind}") for kind in ("images-idx3-ubyte", "labels-idx1-ubyte"))
-        if bool(images) != bool(labels):
-            missing = "labels" if images else "images"
-            raise UserError(f"{images or labels}: its {missing} are missing; download them too")
-        if images and labels:
-            parts.append((split, read_idx(images, dimensions=3), read_idx(labels, dimensions=1), images))
-    if not parts:
-        raise UserError(
-            f"{folder}: no MNIST here; it must hold train-images-idx3-ubyte and train-labels-idx1-ubyte, or the t10k- "
-            "ones, gzipped or not"
-        )
-    for _, images, labels, path in parts:
-        if len(images) != len(labels):
-            raise UserError(f"{path}: {len(images)} images but {len(labels)} labels; download both files again")
-    pixels, labels = (np.concatenate([part[k] for part in parts]) for k in (1, 2))
-    # One file alone has no official partition: its images are divided like any other source's.
-    splits = [split if len(parts) > 1 else "" for split, images, _, _ in parts for _ in images]
     return Source(
-        len(pixels),
-        lambda i: Example(f"{i:06d}", pixels[i], int(labels[i]), splits[i]),
-        [str(i) for i in range(10)],
-        size=32,
+        [f"{i:06d}" for i in range(len(pixels))],
+        lambda i: pixels[i],
+        size=8,
         channels=1,
+        classes=[str(i) for i in range(10)],
+        labels=numbers.tolist(),
     )
 
 
-def find_idx(folder: str, name: str) -> str | None:
-    urls = (storage.join(folder, name + suffix) for suffix in ("", ".gz"))
-    return next((url for url in urls if storage.exists(url)), None)
-
-
-def read_idx(url: str, *, dimensions: int) -> np.ndarray:
-    """An idx file of unsigned bytes (LeCun, Cortes, Burges): 00 00 08 <dimensions>, sizes (uint32), values."""
-    data = storage.read(url)
-    try:
-        data = gzip.decompress(data) if url.endswith(".gz") else data
-        header = struct.unpack_from(f">I{dimensions}I", data)
-        values = np.frombuffer(data, np.uint8, offset=4 + 4 * dimensions)
-        if header[0] != 0x0800 + dimensions or values.size != np.prod(header[1:]):
-            raise ValueError("sizes and bytes disagree")
-        return values.reshape(header[1:])
-    except (ValueError, EOFError, OSError, struct.error, zlib.error) as error:
+def mnist(url: str, *, labels: str = "") -> Source:
+    """The official idx files, gzipped or not: train- and t10k-images-idx3-ubyte with labels, or one of the two."""
+    check_place("mnist", url, "the folder (or fsspec URL) that holds the official files")
+    refuse_labels("mnist", labels)
+    parts = []
+    for name, split in (("train", "train"), ("t10k", "test")):
+        images, numbers = (find_idx(url, f"{name}-{kind}") for kind in ("images-idx3-ubyte", "labels-idx1-ubyte"))
+        if bool(images) != bool(numbers):
+            missing = "labels" if images else "images"
+            raise UserError(f"{images or numbers}: its {missing} are missing; download them too")
+        if images and numbers:
+            parts.append((split, read_idx(images, dimensions=3), read_idx(numbers, dimensions=1)))
+            if len(parts[-1][1]) != len(parts[-1][2]):
+                counts = f"{len(parts[-1][1])} images but {len(parts[-1][2])} labels"
+                raise UserError(f"{images}: {counts}; download both files again")
+    if not parts:
         raise UserError(
-            f"{url}: not an idx file of {dimensions} dimensions, or cut short ({storage.one_line(error)}); download "
-            "it again"
-        ) from None
+            f"{url}: no MNIST here; it must hold train-images-idx3-ubyte and train-labels-idx1-ubyte, or the t10k- "
+            "ones, gzipped or not"
+        )
+    pixels, numbers = (np.concatenate([part[k] for part in parts]) for k in (1, 2))
+    return Source(
+        [f"{i:06d}" for i in range(len(pixels))],
+        lambda i: pixels[i],
+        size=32,
+        channels=1,
+        classes=[str(i) for i in range(10)],
+        labels=numbers.tolist(),
+        # One file alone has no official partition: its images are divided like any other source's.
+        splits=[split for split, images, _ in parts for _ in images] if len(parts) > 1 else None,
+    )
 
 
-def folder(url: str) -> Source:
-    """Image files below a folder, recursively; the first sub-folder's name is the class."""
-    if not url:
-        raise UserError("aaae prepare folder: give the folder (or fsspec URL) that holds the images")
-    with storage.explained(url):
-        store, root = storage.locate(url)
-        names = sorted(str(path)[len(root) :].lstrip("/") for path in store.find(root))
-    names = [name for name in names if Path(name).suffix.lower() in EXTENSIONS]
+def find_idx(url: str, name: str) -> str | None:
+    places = (storage.join(url, name + suffix) for suffix in ("", ".gz"))
+    return next((place for place in places if storage.exists(place)), None)
+
+
+def cifar10(url: str, *, labels: str = "") -> Source:
+    """CIFAR-10 from the official binary or Python archive, in a folder or by its own URL: the same images either way.
+
+    60,000 RGB images of 32 x 32 pixels in 10 classes, 10,000 of them to test.
+    """
+    names = ("cifar-10-binary.tar.gz", "cifar-10-python.tar.gz")
+    check_place("cifar10", url, f"the folder (or fsspec URL) that holds {' or '.join(names)}")
+    refuse_labels("cifar10", labels)
+    if not url.endswith((".tar.gz", ".tgz")):
+        found = [place for name in names if storage.exists(place := storage.join(url, name))]
+        if not found:
+            raise UserError(f"{url}: no CIFAR-10 here; it must hold {' or '.join(names)}, as downloaded")
+        url = found[0]
+    data = read_cifar10(url)
+    return Source(
+        [f"{i:06d}" for i in range(len(data.images))],
+        lambda i: data.images[i],
+        size=32,
+        channels=3,
+        classes=data.classes,
+        labels=data.labels.tolist(),
+        splits=["train" if i < data.train else "test" for i in range(len(data.images))],
+    )
+
+
+def celeba(url: str, *, labels: str = "") -> Source:
+    """CelebA, aligned and cropped: 202,599 faces of 178 x 218 pixels with 40 yes/no attributes; the usual crop is 148.
+
+    Source: https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html (Liu, Luo, Wang, Tang, Deep Learning Face Attributes in
+    the Wild, ICCV 2015).
+    """
+    check_place("celeba", url, "the folder (or fsspec URL) that holds the official files")
+    refuse_labels("celeba", labels)
+    images, attributes, partition = official(
+        url, "CelebA", "img_align_celeba.zip", "list_attr_celeba.txt", "list_eval_partition.txt"
+    )
+    files, names, marks = read_attributes(attributes)
+    splits = read_partition(partition)
+    if splits.keys() != set(files):
+        raise UserError(f"{partition}: it names other images than list_attr_celeba.txt; download both again")
+    archive = Zip(images)
+    members = [f"img_align_celeba/{file}" for file in files]
+    require(archive, members)
+    return Source(
+        [PurePosixPath(file).stem for file in files],
+        lambda i: decode(archive.read(members[i])),
+        size=64,
+        channels=3,
+        splits=[splits[file] for file in files],
+        attributes=names,
+        marks=marks,
+        crop=148,
+    )
+
+
+def flowers102(url: str, *, labels: str = "") -> Source:
+    """Oxford's 102 flowers: 8,189 photographs, 1,020 each to train and to validate; classes have numbers only.
+
+    Source: https://www.robots.ox.ac.uk/~vgg/data/flowers/102 (Nilsback, Zisserman, Automated Flower Classification
+    over a Large Number of Classes, ICVGIP 2008).
+    """
+    check_place("flowers102", url, "the folder (or fsspec URL) that holds the official files")
+    refuse_labels("flowers102", labels)
+    images, numbers, sets = official(url, "Oxford's 102 flowers", "102flowers.tgz", "imagelabels.mat", "setid.mat")
+    (classes,) = read_mat(numbers, "labels")
+    parts = dict(zip(("train", "val", "test"), read_mat(sets, "trnid", "valid", "tstid"), strict=True))
+    if sorted(np.concatenate(list(parts.values()))) != list(range(1, len(classes) + 1)):
+        raise UserError(f"{sets}: it does not divide the {len(classes)} images of imagelabels.mat; download both again")
+    if classes.min() < 1:
+        raise UserError(f"{numbers}: class {classes.min()}, but they begin at 1; download it again")
+    splits = {int(number): split for split, chosen in parts.items() for number in chosen}
+    archive = Tgz(images)
+    members = [f"jpg/image_{i:05d}.jpg" for i in range(1, len(classes) + 1)]
+    require(archive, members)
+    return Source(
+        [PurePosixPath(member).stem for member in members],
+        lambda i: decode(archive.read(members[i])),
+        size=64,
+        channels=3,
+        classes=[str(i) for i in range(1, classes.max() + 1)],
+        labels=(classes - 1).tolist(),
+        splits=[splits[i] for i in range(1, len(classes) + 1)],
+    )
+
+
+# --- images of one's own
+
+
+def folder(url: str, *, labels: str = "") -> Source:
+    """Image files below a folder, recursively. Classes are the first sub-folders, or what a file of labels says.
+
+    On local disks links to folders are followed. See `names.read_labels` for that file.
+    """
+    check_place("folder", url, "the folder (or fsspec URL) that holds the images")
+    names = [name for name in files_below(url) if PurePosixPath(name).suffix.lower()[1:] in EXTENSIONS]
     if not names:
         raise UserError(
-            f"{url}: no images here; it must hold {', '.join(sorted(EXTENSIONS))} files, in sub-folders by class if "
+            f"{url}: no images here; it must hold {', '.join(EXTENSIONS)} files, in sub-folders by class if "
             "they have classes"
         )
-    classes = sorted({name.split("/")[0] for name in names if "/" in name})
-    keys = [name.replace(".", "_") for name in names]  # webdataset ends a key at its first dot
-    if len(set(keys)) < len(keys):
-        keys = [f"{key}-{i}" for i, key in enumerate(keys)]
+    if labels:
+        given = read_labels(labels)
+        check_labels(labels, given, url, names)
+        classes, numbers = classify([given[name] for name in names])
+    elif any("/" in name for name in names):
+        if loose := [name for name in names if "/" not in name]:
+            raise UserError(
+                f"{url}: {len(loose)} of its {len(names)} images lie in no sub-folder, first {loose[0]!r}, and would "
+                "have no class; move them into one, or give --labels FILE"
+            )
+        classes, numbers = classify([name.split("/")[0] for name in names])
+    else:
+        classes, numbers = [], None
 
-    def example(i: int) -> Example | None:
+    def read(i: int) -> np.ndarray:
         try:
             data = storage.read(storage.join(url, names[i]))
         except UserError as error:
-            if isinstance(error.__cause__, FileNotFoundError):  # a link that leads nowhere
-                return None
+            cause = error.__cause__
+            if isinstance(cause, FileNotFoundError) or getattr(cause, "errno", None) == errno.ELOOP:
+                raise ValueError("a link that leads nowhere") from None
             raise
-        try:
-            pixels = decode(data)
-        except ValueError:
-            return None
-        return Example(keys[i], pixels, classes.index(names[i].split("/")[0]) if "/" in names[i] else None)
+        return decode(data)
 
-    return Source(len(names), example, classes, size=64, channels=3)
+    return Source(distinct(names, names), read, size=64, channels=3, classes=classes, labels=numbers)
 
 
-def decode(data: bytes) -> np.ndarray:
-    """Pixels of an image file, upright, without alpha: uint8 (height, width) if it is grey, else (height, width, 3).
+def tar(url: str, *, labels: str = "") -> Source:
+    """Samples of the webdataset tars below a folder, to be written anew in another size.
 
-    Raises:
-        ValueError: it cannot be read.
+    Classes are the `cls` members if all samples have one. Splits are told by how the tars' names begin, if it is with
+    train, val or test and not the same for all. Names of classes and attributes are those of an index, if there is one.
     """
+    check_place("tar", url, "the folder (or fsspec URL) that holds webdataset tars")
+    refuse_labels("tar", labels)
+    tars = [name for name in files_below(url) if name.lower().endswith(".tar")]
+    if not tars:
+        raise UserError(f"{url}: no tars here; it must hold webdataset shards, files named *.tar")
+    offsets, keys, identities, texts, rows = [], [], [], [], []
+    for name in tars:
+        part, found, members = scan_tar(storage.join(url, name))
+        offsets.append(part)
+        keys += found
+        identities += [f"{name}/{number}" for number in range(len(found))]
+        texts += [cls for cls, _ in members]
+        rows += [row for _, row in members]
+    if not keys:
+        raise UserError(f"{url}: its {len(tars)} tars hold no samples; check the URL")
+    known = known_names(url)
+    starts = [0, *accumulate(len(part.checksums) for part in offsets)]
+
+    def read(i: int) -> np.ndarray:
+        number = bisect_right(starts, i) - 1
+        begin, end = offsets[number].span(i - starts[number])
+        members = read_sample(storage.read(storage.join(url, tars[number]), begin, end))[1]
+        image = next((members[extension] for extension in EXTENSIONS if extension in members), None)
+        if image is None:
+            raise ValueError(f"no image, only {', '.join(members)}")
+        return decode(image)
+
+    classes, numbers = ([], None) if None in texts else classify(texts)
+    if set(classes) <= {str(i) for i in range(len(known["classes"]))} and numbers:
+        classes, numbers = known["classes"], [int(text) for text in texts]
+    attributes = known["attributes"] if None not in rows else []
+    splits = [named_split(name) for name, part in zip(tars, offsets, strict=True) for _ in part.checksums]
+    return Source(
+        distinct(keys, identities),
+        read,
+        size=64,
+        channels=3,
+        classes=classes,
+        labels=numbers,
+        splits=splits if all(splits) and len(set(splits)) > 1 else None,
+        attributes=attributes,
+        marks=read_marks(url, rows, attributes) if attributes else None,
+    )
+
+
+def scan_tar(url: str) -> tuple[Offsets, list[str], list[tuple[str | None, bytes | None]]]:
+    """Offsets and keys of a tar's samples, and of each its members `cls` and `attributes.json`."""
+    data = storage.read(url)
     try:
-        image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
-        if image.mode.startswith("I;16"):  # PIL would clip the values above 255
-            return (np.asarray(image) >> 8).astype(np.uint8)
-        if image.mode in ("I", "F"):
-            raise ValueError("values of 32 bits, whose range nobody knows")
-        if image.mode == "P":
-            image = image.convert("RGBA")  # straight to RGB, PIL would warn of the alpha
-        return np.asarray(image.convert("L" if image.mode in ("1", "L", "LA") else "RGB"))
-    except Exception as error:  # at damaged metadata PIL lets struct.error, TypeError, AttributeError and more through
-        raise ValueError(storage.one_line(error)) from error
+        offsets, keys = scan(data)
+        samples = (read_sample(data[slice(*offsets.span(number))])[1] for number in range(len(keys)))
+        told = [
+            (sample["cls"].decode().strip() if "cls" in sample else None, sample.get("attributes.json"))
+            for sample in samples
+        ]
+    except ValueError as error:
+        raise UserError(f"{url}: {storage.one_line(error)}; bring it anew, or remove it") from None
+    return offsets, keys, told
 
 
-SOURCES = {"digits": digits, "mnist": mnist, "folder": folder}
+def known_names(url: str) -> dict[str, list[str]]:
+    """Names of classes and attributes in the index of a prepared data set; none if there is no index."""
+    place = storage.join(url, "index.json")
+    index = storage.read_json(place) if storage.exists(place) else {}
+    found = {field: index.get(field, []) if isinstance(index, dict) else [] for field in ("classes", "attributes")}
+    return {field: [str(name) for name in names] if isinstance(names, list) else [] for field, names in found.items()}
+
+
+def read_marks(url: str, rows: Sequence[bytes], attributes: Sequence[str]) -> np.ndarray:
+    """Marks, uint8 (rows, attributes) of 0 and 1, from lists in JSON."""
+    try:
+        marks = np.array([json.loads(row) for row in rows], np.uint8)
+        if marks.shape != (len(rows), len(attributes)) or marks.max() > 1:
+            raise ValueError(f"{marks.shape[1:]} values, {marks.max()} the largest")
+    except (ValueError, TypeError, OverflowError) as error:
+        raise UserError(
+            f"{url}: an attributes.json is no list of 0 and 1 for each of the index's {len(attributes)} attributes "
+            f"({storage.one_line(error)}); remove the index, or bring the tars anew"
+        ) from None
+    return marks
+
+
+# --- what they share
+
+
+def check_place(name: str, url: str, what: str) -> None:
+    if not url:
+        raise UserError(f"aaae prepare {name}: give {what}")
+
+
+def refuse_labels(name: str, labels: str) -> None:
+    if labels:
+        raise UserError(f"--labels {labels}: {name} brings its own; leave it out, it is for folder")
+
+
+def official(url: str, title: str, *names: str) -> list[str]:
+    """URLs of these files of a data set, which must all be there."""
+    places = [storage.join(url, name) for name in names]
+    if missing := [name for name, place in zip(names, places, strict=True) if not storage.exists(place)]:
+        raise UserError(
+            f"{url}: {title} is not here, or not whole: {', '.join(missing)} missing; it must hold {', '.join(names)}, "
+            "as downloaded"
+        )
+    return places
+
+
+SOURCES: dict[str, Callable[..., Source]] = {
+    "digits": digits,
+    "mnist": mnist,
+    "cifar10": cifar10,
+    "celeba": celeba,
+    "flowers102": flowers102,
+    "folder": folder,
+    "tar": tar,
+}

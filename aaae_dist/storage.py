@@ -1,7 +1,8 @@
 """Files on any fsspec filesystem: local paths, s3://, memory:// and the rest alike.
 
-A file appears whole or not at all, and whatever goes wrong is one line that names the URL. Credentials come from where
-the client library usually finds them (for s3:// the AWS variables and files) and are never part of a message.
+A file appears whole or not at all. What a store may recover from, such as a lost connection or "slow down", is tried
+again for a while; whatever remains wrong is one line that names the URL. Credentials come from where the client library
+usually finds them (for s3:// the AWS variables and files) and are never part of a message.
 """
 
 import errno
@@ -9,25 +10,34 @@ import fcntl
 import functools
 import glob
 import json
+import logging
 import os
+import random
 import re
 import secrets
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import fsspec
 from fsspec.core import split_protocol
 
 from aaae_dist.errors import UserError
 
-# A store that takes connections and never answers is given up after 3 x 2 x 20 seconds. s3fs tries again on top of
-# what botocore does; their defaults together would wait 25 minutes.
-S3_TRIES = 3
+log = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+PATIENCE = 60.0  # seconds for which a failing store is asked again, where a setting does not say otherwise
+SILENCE = 10.0  # seconds without a byte after which an attempt has failed
+
+# Attempts are counted in one place, `persistently`. By default s3fs tries again on top of what botocore does, and the
+# two together would wait 25 minutes for a store that takes connections and never answers.
 S3_OPTIONS = {
     "use_listings_cache": False,
-    "config_kwargs": {"connect_timeout": 5, "read_timeout": 20, "retries": {"max_attempts": 1}},
+    "config_kwargs": {"connect_timeout": 5, "read_timeout": SILENCE, "retries": {"total_max_attempts": 1}},
 }
 
 
@@ -35,10 +45,17 @@ S3_OPTIONS = {
 def filesystem(protocol: str, pid: int) -> fsspec.AbstractFileSystem:
     """The filesystem of a protocol, one per process: clients do not survive a fork."""
     del pid
+    options: dict[str, Any] = {}
+    if protocol in ("s3", "s3a"):
+        options = S3_OPTIONS
+    elif protocol in ("http", "https"):
+        import aiohttp  # a fifth of a second, which no other command should wait
+
+        options = {"client_kwargs": {"timeout": aiohttp.ClientTimeout(sock_connect=5, sock_read=SILENCE)}}
     try:
-        found = fsspec.filesystem(protocol, **(S3_OPTIONS if protocol in ("s3", "s3a") else {}))
+        found = fsspec.filesystem(protocol, **options)
         if protocol in ("s3", "s3a"):
-            found.retries = S3_TRIES
+            found.retries = 1
         return found
     except (ValueError, ImportError) as error:
         raise UserError(
@@ -84,7 +101,10 @@ def reason(error: BaseException) -> str:
         return "no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or a role"
     if isinstance(error, PermissionError) or "InvalidAccessKeyId" in text or "SignatureDoesNotMatch" in text:
         return "access denied; check the credentials and the permissions of this URL"
-    if "NoSuchBucket" in text or "bucket does not exist" in text:
+    response = getattr(error.__cause__, "response", {})  # of botocore; some stores send a code and no message
+    stated = response.get("Error", {}).get("Code", "") if isinstance(response, dict) else ""
+    text = one_line(error.__cause__) if stated and error.__cause__ else text
+    if stated == "NoSuchBucket" or "bucket does not exist" in text:
         return "the bucket does not exist; create it or correct the URL"
     if isinstance(error, FileNotFoundError):
         return "no such file; check the URL"
@@ -95,6 +115,10 @@ def reason(error: BaseException) -> str:
         "ClientConnectorError",
     ) or isinstance(error, (ConnectionError, TimeoutError)):
         return "the store does not answer; check that it is up and that AWS_ENDPOINT_URL, if set, is right"
+    if code == errno.EBUSY:
+        return "the store is overloaded; try again later, or with fewer processes"
+    if name in ("ClientPayloadError", "IncompleteReadError", "ResponseStreamingError", "ConnectionClosedError"):
+        return "the connection was cut amid an answer; check the network and the store"
     if code in (errno.ENOSPC, errno.EDQUOT):
         return "no space left; free some, or choose another place"
     if code == errno.EROFS:
@@ -113,18 +137,72 @@ def explained(url: str) -> Iterator[None]:
         raise UserError(f"{url}: {reason(error)}") from error
 
 
+# Of fsspec's clients (botocore, aiohttp, gcsfs, ...): each has classes of its own, and none is to be imported for this.
+PASSING = {"ConnectionError", "TimeoutError", "HTTPClientError", "IncompleteReadError"} | {
+    "ClientConnectionError",
+    "ClientPayloadError",
+}
+
+
+def may_pass(error: BaseException | None) -> bool:
+    """Whether a store may recover from this by itself: a lost connection, a silence, "slow down", its own fault."""
+    while error is not None:
+        response = getattr(error, "response", None)  # of botocore
+        status = response.get("ResponseMetadata", {}).get("HTTPStatusCode") if isinstance(response, dict) else None
+        status = status or getattr(error, "status", None) or getattr(error, "code", None)  # of aiohttp, of gcsfs
+        if isinstance(status, int) and (status in (408, 429) or status >= 500):
+            return True
+        if PASSING & {kind.__name__ for kind in type(error).__mro__}:
+            return True
+        error = error.__cause__
+    return False
+
+
+def persistently(
+    url: str, call: Callable[[fsspec.AbstractFileSystem, str], Result], *, patience: float | None = None
+) -> Result:
+    """What `call(filesystem, path)` returns, tried again with growing, jittered pauses while the store may recover.
+
+    Args:
+        patience: seconds within which the last attempt ends.
+
+    Raises:
+        UserError: the store refuses, or has failed for so long; one line about `url`.
+    """
+    began, attempts, limit, told = time.monotonic(), 0, PATIENCE if patience is None else patience, False
+    with explained(url):
+        while True:
+            store, path = locate(url)
+            try:
+                return call(store, path)
+            except Exception as error:
+                attempts += 1
+                pause = min(0.05 * 2**attempts, 2.0) * random.uniform(0.5, 1.0)  # noqa: S311  no secret
+                spent = time.monotonic() - began
+                if is_local(url) or not may_pass(error):
+                    raise
+                if spent + pause + SILENCE > limit:
+                    tried = f" ({attempts} attempts in {spent:.0f} s)" if attempts > 1 else ""
+                    raise UserError(f"{url}: {reason(error)}{tried}") from error
+                if spent > 3 and not told:
+                    log.warning("%s: %s; trying again for up to %.0f s", url, reason(error).partition(";")[0], limit)
+                    told = True
+                time.sleep(pause)
+
+
 def exists(url: str) -> bool:
-    with explained(url):
-        store, path = locate(url)
-        return store.exists(path)
+    return persistently(url, lambda store, path: store.exists(path))
 
 
-def read(url: str) -> bytes:
-    with explained(url):
-        store, path = locate(url)
-        data = store.cat_file(path)
+def read(url: str, start: int | None = None, stop: int | None = None, *, patience: float | None = None) -> bytes:
+    """A file's bytes, or those from `start` to before `stop`; fewer if it ends before."""
+
+    def attempt(store: fsspec.AbstractFileSystem, path: str) -> bytes:
+        data = store.cat_file(path, start=start, end=stop)
         assert isinstance(data, bytes)
         return data
+
+    return persistently(url, attempt, patience=patience)
 
 
 def read_json(url: str) -> Any:
@@ -137,8 +215,8 @@ def read_json(url: str) -> Any:
 
 def listing(url: str) -> dict[str, int]:
     """Names of what is right below a URL with sizes in bytes, sorted; none if there is no such folder."""
-    with explained(url):
-        store, path = locate(url)
+
+    def attempt(store: fsspec.AbstractFileSystem, path: str) -> dict[str, int]:
         try:
             found = store.ls(path, detail=True)
         except FileNotFoundError:
@@ -150,17 +228,22 @@ def listing(url: str) -> dict[str, int]:
         }
         return dict(sorted(sizes.items()))
 
+    return persistently(url, attempt)
+
 
 def write(url: str, data: bytes) -> None:
     """Write a file whole or not at all, durably; an older one of that name stays until the new one is complete."""
+
+    def upload(store: fsspec.AbstractFileSystem, path: str) -> None:
+        store.pipe_file(path, data)
+        if (size := store.size(path)) != len(data):
+            raise ConnectionError(f"{size} bytes arrived of {len(data)}")
+
+    if not is_local(url):
+        persistently(url, upload)
+        return
     with explained(url):
-        store, path = locate(url)
-        if not is_local(url):
-            store.pipe_file(path, data)
-            if (size := store.size(path)) != len(data):
-                raise UserError(f"{url}: {size} bytes arrived of {len(data)}; the upload failed, try again")
-            return
-        target = Path(path)
+        target = local_path(url)
         target.parent.mkdir(parents=True, exist_ok=True)
         aside = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
         try:
@@ -210,8 +293,10 @@ def write_json(url: str, value: Any) -> None:
 
 def remove(url: str) -> None:
     """Remove a file or a folder with all it holds; nothing happens if there is none."""
-    with explained(url):
-        store, path = locate(url)
+
+    def attempt(store: fsspec.AbstractFileSystem, path: str) -> None:
         if store.exists(path):
             # Remote filesystems take *, ? and [...] in a path as patterns, and would remove its neighbours too.
             store.rm(path if is_local(url) else glob.escape(path), recursive=True)
+
+    persistently(url, attempt)

@@ -3,7 +3,6 @@
 import logging
 import math
 import time
-from collections.abc import Iterator
 
 import torch
 from jaxtyping import Float
@@ -11,16 +10,19 @@ from torch import Tensor
 
 from aaae_dist import checkpoint, distributed, storage
 from aaae_dist.aaae import GenerativeAutoencoder, Turn
+from aaae_dist.augmentation import augment
 from aaae_dist.baselines import METHODS
 from aaae_dist.compatibility import micro_batch_size, refuse_changes
 from aaae_dist.config import Config
-from aaae_dist.data import Batch, Reader, stream, to_float
+from aaae_dist.data import Batch, Stream, sweep, to_float
 from aaae_dist.errors import UserError
 from aaae_dist.evaluation import evaluate
 from aaae_dist.inference import overview
 from aaae_dist.interval import Interval
 from aaae_dist.progress import Progress
+from aaae_dist.quarantine import Quarantine
 from aaae_dist.randomness import sample_keys
+from aaae_dist.reader import Reader
 from aaae_dist.schedule import averaging_rate, learning_rate
 from aaae_dist.stopping import StopRequest
 from aaae_dist.tracking import NoTracker, Tracker, is_unfinished
@@ -47,7 +49,9 @@ class Trainer:
         self.config, self.run, self.stop = config, training.run, stop
         self.micro = micro_batch_size(config, world)
         refuse_changes(config, self.run)
-        self.readers = [Reader(config.data, split=split) for split in (config.data.split, config.data.held_out)]
+        data = config.data
+        self.readers = [Reader(data, split=data.split, url=url) for url in (data.url, *data.mix)]
+        self.held_out = Reader(data, split=data.held_out)
         self.accumulation = training.batch_size // (self.micro * world)
         self.accelerator = distributed.start(
             precision=training.precision, accumulation=self.accumulation, patience=training.patience
@@ -69,7 +73,7 @@ class Trainer:
         ]
         self.optimizer = torch.optim.Adam(groups, foreach=True, eps=ADAM_EPSILON)
 
-        self.images, self.epoch, self.position = 0, 0, 0
+        self.images, self.stream = 0, self.open_stream()
         self.found, self.saved = checkpoint.complete(self.run), ""  # what is there, and what it goes on from
         self.resume()
         self.model, self.optimizer = self.accelerator.prepare(self.game, self.optimizer)
@@ -79,7 +83,8 @@ class Trainer:
         self.agreed = distributed.HostCopy(torch.zeros(2 + len(self.networks)))
         self.stopping = False
         self.interval = self.begin_interval()
-        self.source = self.open_stream()
+        self.batches = iter(self.stream)
+        self.quarantine = Quarantine(self.run)
         self.settle()
 
     def train(self) -> None:
@@ -143,11 +148,12 @@ class Trainer:
         before = self.images - self.config.training.batch_size
         return self.images >= self.config.training.images or (every > 0 and self.images // every > before // every)
 
-    def open_stream(self) -> Iterator[Batch]:
-        """This rank's part of every batch from here on."""
+    def open_stream(self) -> Stream:
+        """This rank's part of every batch."""
         training, data = self.config.training, self.config.data
-        return stream(
-            self.readers[0],
+        return Stream(
+            self.readers,
+            weights=(1.0, *data.mix.values()),
             seed=training.seed,
             lanes=data.lanes,
             window=data.window,
@@ -155,15 +161,13 @@ class Trainer:
             world=distributed.world(),
             rank=distributed.rank(),
             workers=data.workers,
-            epoch=self.epoch,
-            position=self.position,
         )
 
     def next_batch(self) -> Batch:
         """The next batch; the time waited for it is counted."""
         began = time.perf_counter()
-        batch = next(self.source)
-        self.interval.waited += time.perf_counter() - began
+        batch = next(self.batches)
+        self.interval.add_wait(batch, began=began)
         return batch
 
     def step(self, batch: Batch) -> None:
@@ -172,7 +176,9 @@ class Trainer:
         keys = sample_keys(
             training.seed, self.images + distributed.rank() * len(batch.images), len(batch.images), self.device
         )
-        pixels = batch.images.to(self.device, non_blocking=True)
+        pixels, data = batch.images.to(self.device, non_blocking=True), self.config.data
+        if data.crop or data.flip:
+            pixels = augment(pixels, keys, size=data.size, flip=data.flip)
         share = learning_rate(training, self.images)
         for group in self.optimizer.param_groups:
             group["lr"] = share * getattr(self.config.optimizer, group["name"]).lr
@@ -205,7 +211,6 @@ class Trainer:
         before, self.agreed = self.agreed, distributed.HostCopy(told[moments.numel() :])
 
         self.images += training.batch_size
-        self.epoch, self.position = batch.epoch, batch.position
         self.average.follow(self.game, rate=averaging_rate(training, self.images))
         self.interval.add_step(norms)
         self.progress.advance(self.images)
@@ -245,31 +250,45 @@ class Trainer:
     def log(self) -> None:
         """Report the interval that ends here."""
         self.heed(self.agreed)
-        bad = sum(len(reader.bad) for reader in self.readers)
-        metrics = self.interval.means(batch_size=self.config.training.batch_size, bad_samples=bad)
+        metrics = self.interval.means(batch_size=self.config.training.batch_size)
+        metrics["data/bad_samples"] = self.set_aside()
         metrics |= {f"learning_rate/{group['name']}": group["lr"] for group in self.optimizer.param_groups}
         self.tracker.log(self.images, metrics)
         shown = ("reconstruction/mse", "speed/images_per_second")
         self.progress.say(self.images, {name: metrics[name] for name in shown})
+        if complaint := slow_data(metrics):
+            log.info(complaint)
         self.interval = self.begin_interval()
+
+    def set_aside(self) -> int:
+        """List the bad samples that the ranks met in the run's quarantine file; how many there are by now.
+
+        Raises:
+            UserError: more than `data.bad_share` allows.
+        """
+        met = [sample for reader in (*self.readers, self.held_out) for sample in reader.bad.values()]
+        self.quarantine.add([sample for part in distributed.gather(met) for sample in part])
+        for reader in self.readers:
+            reader.refuse_too_many(len(self.quarantine.of(reader.places)))
+        return len(self.quarantine.samples)
 
     def draw(self) -> None:
         """A picture of samples of fixed noise and of fixed reconstructions. No collectives: rank 0 draws."""
         self.heed(self.agreed)
         if distributed.rank() == 0:
-            shown = self.readers[1].batch([(0, number) for number in range(min(50, self.readers[1].counts[0]))]).images
+            shown = next(sweep(self.held_out, limit=50, batch_size=min(50, len(self.held_out)))).images
             self.tracker.picture(self.images, overview(self.average, shown, seed=self.config.training.seed))
 
     def evaluate(self) -> None:
         """Judge the averaged networks, on all ranks."""
         self.heed(self.agreed)
-        began, (train, held_out) = time.perf_counter(), self.readers
+        began = time.perf_counter()
         chosen = self.config.evaluation
         metrics = dict(
             evaluate(
                 self.average,
-                train=train,
-                held_out=held_out,
+                train=self.readers[0],
+                held_out=self.held_out,
                 samples=chosen.samples,
                 batch_size=chosen.batch_size,
                 workers=self.config.data.workers,
@@ -288,6 +307,7 @@ class Trainer:
             UserError: the storage failed; older checkpoints are untouched.
         """
         self.heed(self.agreed)
+        self.set_aside()
         for name, value in self.game.state_dict().items():
             if not value.isfinite().all():
                 raise self.bad_numbers(name)
@@ -300,12 +320,7 @@ class Trainer:
                 for slot, value in slots[weight].items()
             }
             tensors = {"game": self.game.state_dict(), "average": self.average.state_dict(), "optimizer": moments}
-            progress = {
-                "images": self.images,
-                "epoch": self.epoch,
-                "position": self.position,
-                "data": self.readers[0].fingerprint,
-            }
+            progress = {"images": self.images, "stream": self.stream.state_dict()}
             try:
                 self.tracker.flush()  # what the checkpoint counts as done is reported
                 checkpoint.save(
@@ -331,11 +346,10 @@ class Trainer:
             )
         if saved is None:
             return
-        if saved.progress["data"] != self.readers[0].fingerprint:
-            raise UserError(
-                f"{self.config.data.url}: not the data set that {self.run} was trained on, its shards differ; bring "
-                "that back, or choose another training.run"
-            )
+        try:
+            self.stream.load_state_dict(saved.progress["stream"])
+        except UserError as error:
+            raise UserError(f"{error}, or choose another training.run than {self.run}") from None
         self.saved = saved.name
         checkpoint.fill(self.game, saved.tensors["game"], run=self.run)
         checkpoint.fill(self.average, saved.tensors["average"], run=self.run)
@@ -343,5 +357,14 @@ class Trainer:
             slots = {slot: saved.tensors["optimizer"][f"{name}.{slot}"] for slot in ("step", "exp_avg", "exp_avg_sq")}
             # Adam counts its steps on the host, where reading them costs nothing.
             self.optimizer.state[weight] = {k: v if k == "step" else v.to(self.device) for k, v in slots.items()}
-        self.images, self.epoch, self.position = images, saved.progress["epoch"], saved.progress["position"]
+        self.images = images
         log.info("%s goes on from %s images", self.run, f"{self.images:,}")
+
+
+def slow_data(metrics: dict[str, float]) -> str:
+    """A line about the rank that waits longest for its data, if that is a tenth of its time or more."""
+    parts = {name: metrics[f"data/wait/{name}"] for name in ("fetching", "decoding", "hand_over")}
+    if (share := sum(parts.values())) < 0.1:
+        return ""
+    where = ", ".join(f"{name.replace('_', '-')} {part:.0%}" for name, part in parts.items())
+    return f"rank {metrics['data/slowest_rank']:.0f} waits longest for data, {share:.0%} of its time ({where})"

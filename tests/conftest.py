@@ -1,40 +1,54 @@
 """What several rooms share: data sets, a real S3 store, a full disk."""
 
+import gc
 import io
 import os
 import secrets
 import subprocess
+import warnings
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import s3fs
 import servers
+import webdataset
 from PIL import Image
 
 from aaae_dist import storage
 from aaae_dist.errors import UserError
-from aaae_dist.shards import Index, prepare
-from aaae_dist.sources import Example, Source
+from aaae_dist.preparation import Recipe, prepare
+from aaae_dist.shards import Index, place, read_index
+from aaae_dist.sources import Source
 from aaae_dist.sources import digits as handwritten
+
+
+def pytest_report_header() -> str:
+    return f"S3 store: {'Ceph' if servers.ceph_is_installed() else 'moto, for Ceph is not installed'}"
 
 
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> str:
     """URL of the 1,797 digits, prepared: 9 train shards and 1 test shard. Copy it before you change it."""
     out = str(tmp_path_factory.mktemp("digits") / "shards")
-    prepared(handwritten(""), out, name="digits", held_out=179, samples_per_shard=180)
+    prepared(handwritten("", labels=""), out, name="digits", held_out=179, samples_per_shard=180)
     return out
 
 
 @pytest.fixture(scope="session")
 def s3_variables() -> Iterator[dict[str, str]]:
     """The AWS variables of an S3 store that checks signatures, up for the whole session."""
-    with servers.s3_server() as variables:
-        yield variables
+    if servers.ceph_is_installed():
+        with servers.ceph() as store:
+            yield store.variables
+    elif os.environ.get("CI"):
+        pytest.fail("no S3 store: Ceph is not installed; .ci/run installs it")
+    else:
+        with servers.moto() as variables:
+            yield variables
 
 
 @pytest.fixture
@@ -77,28 +91,67 @@ def forget_clients() -> None:
     s3fs.S3FileSystem.clear_instance_cache()
 
 
+class Example(NamedTuple):
+    """One image of a source."""
+
+    key: str
+    pixels: np.ndarray
+    label: int | None
+    split: str
+
+
 def noise(count: int, *, unreadable: Collection[int] = (), labels: bool = True) -> Source:
     """Images of random bytes, grey and RGB by turns."""
     pixels = np.random.default_rng(0).integers(0, 256, (count, 8, 8, 3), dtype=np.uint8)
 
-    def example(i: int) -> Example | None:
+    def read(i: int) -> np.ndarray:
         if i in unreadable:
-            return None
-        return Example(f"{i:03d}", pixels[i] if i % 2 else pixels[i, :, :, 0], i % 5 if labels else None)
+            raise ValueError(f"number {i} is broken")
+        return pixels[i] if i % 2 else pixels[i, :, :, 0]
 
-    return Source(count, example, [str(i) for i in range(5)] if labels else [], size=8, channels=3)
+    keys, classes = [f"{i:03d}" for i in range(count)], [str(i) for i in range(5)]
+    source = Source(keys, read, size=8, channels=3)
+    return source._replace(classes=classes, labels=[i % 5 for i in range(count)]) if labels else source
 
 
-def prepared(source: Source, out: str | Path, **changes: Any) -> tuple[Index, list[int]]:
-    """`prepare` with small numbers."""
-    usual: dict[str, Any] = {"name": "test", "size": 0, "channels": 0, "seed": 0, "quality": 0}
-    usual |= {"held_out": 3, "samples_per_shard": 4}
-    return prepare(source, out=str(out), **usual | changes)
+def prepared(source: Source, out: str | Path, **changes: Any) -> Index:
+    """`prepare` with small numbers, and by default 3 images held out."""
+    recipe = {field: changes.pop(field) for field in Recipe._fields if field in changes}
+    usual = Recipe(source.channels, source.crop, source.size, format="png", quality=95)
+    others: dict[str, Any] = {"name": "test", "origin": "test", "held_out": 3, "samples_per_shard": 4, "seed": 0}
+    others |= {"bad_share": 0.01, "workers": 2} | changes
+    if isinstance(count := others["held_out"], int):  # so many and no other, as an official split has them
+        held_out = set(np.random.default_rng(0).permutation(len(source.keys))[:count].tolist())
+        splits = ["test" if i in held_out else "train" for i in range(len(source.keys))]
+        source, others["held_out"] = source._replace(splits=source.splits or splits), None
+    return prepare(source, usual._replace(**recipe), out=str(out), **others)
 
 
 def examples(source: Source) -> list[Example]:
     """All that can be read."""
-    return [found for i in range(source.count) if (found := source.example(i))]
+    found = []
+    for i, key in enumerate(source.keys):
+        with suppress(ValueError):
+            label, split = (values[i] if values is not None else None for values in (source.labels, source.splits))
+            found.append(Example(key, source.read(i), label, split or ""))
+    return found
+
+
+def stock_samples(out: str, split: str) -> dict[str, dict[str, Any]]:
+    """What stock webdataset makes of a split of a data set, by key."""
+    urls = [place(out, shard.url) for shard in read_index(out).shards if shard.split == split]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)  # it leaves its files to the garbage collector
+        stock: Any = webdataset.WebDataset(urls, shardshuffle=False).decode("rgb8")
+        found = list(stock)
+        gc.collect()
+    assert len({sample["__key__"] for sample in found}) == len(found)
+    return {sample["__key__"]: sample for sample in found}
+
+
+def contents(out: str | Path) -> dict[str, bytes]:
+    """All files right below a folder; folders are an error."""
+    return {name: storage.read(storage.join(str(out), name)) for name in storage.listing(str(out))}
 
 
 def picture(pixels: np.ndarray | Image.Image, kind: str = "PNG", *, mode: str = "", **options: Any) -> bytes:

@@ -166,10 +166,16 @@ def test_help_lists_commands_settings_and_sources(capsys: pytest.CaptureFixture[
         ("sample x --out y.jpg", "--out y.jpg: must end in .png (a picture) or .npz (an array `images`, uint8, N x "),
         ("sample x", "the following arguments are required: --out; see `aaae sample --help`"),
         ("prepare digits x y --out z", "y: unknown argument; see `aaae prepare --help`"),
-        ("prepare cats --out z", "argument SOURCE: invalid choice: 'cats' (choose from 'digits', 'mnist', 'folder'); "),
+        ("prepare cats --out z", "argument SOURCE: invalid choice: 'cats' (choose from 'digits', 'mnist', 'cifar10', "),
         ("prepare digits --channels 2 --out z", "argument --channels: invalid choice: 2 (choose from 1, 3); see "),
-        ("prepare digits --quality 101 --out z", "argument --quality: 101: must be a whole number from 0 to 100; see "),
+        ("prepare digits --quality 101 --out z", "argument --quality: 101: must be a whole number from 1 to 100; see "),
+        ("prepare digits --quality 90 --out z", "--quality 90: png is lossless; leave it out, or add --format jpg"),
+        ("prepare digits --held-out 3 --out z", "argument --held-out: 3: must be a share, from 0 to below 1; see "),
+        ("prepare digits --bad-share x --out z", "argument --bad-share: x: must be a share, from 0 to below 1; see "),
         ("prepare digits --out=", "--out: must not be empty; "),
+        ("prepare tar x --crop 0 --out z", "--crop 0: without --size the tars stay as they are; leave it out, or add "),
+        ("prepare tar x --labels y --out z", "--labels y: without --size the tars stay as they are; "),
+        ("shards inspect x --picture y.jpg", "--picture y.jpg: must end in .png"),
         (
             "shards read x --batch-size 4 --rank 2 --world 2",
             "--rank 2: must be less than --world 2; ranks are counted ",
@@ -337,7 +343,7 @@ def test_damaged_data_sets(shards: Path, tiny: Path, tmp_path: Path, refuse: Ref
         assert refuse(*arguments).startswith(f"{tar}: {len(data) - 512} bytes, but the index says {len(data)}; it was ")
     damage(tar)
     tar.write_bytes(tar.read_bytes() + bytes(512))
-    assert refuse(*read).startswith(f"{tar}: its sha256 is not the index's; it was damaged or replaced")
+    assert re.match(rf"{tar}: sample \d+ .* is not what was indexed; it was damaged or replaced", refuse(*read))
     tar.unlink()
     for arguments in (train, read):
         assert refuse(*arguments) == (
@@ -368,7 +374,7 @@ def test_data_sets_of_another_kind(digits: str, tiny: Path, tmp_path: Path, refu
     assert refuse("shards", "read", digits, "--batch-size", 1800).startswith("training.batch_size 1800: larger than ")
     assert refuse("shards", "read", digits, "--batch-size", 4, "--split", "dev").count('"dev"') == 1
     assert refuse("prepare", "digits", "--out", digits).startswith(f"{digits}: it already holds a data set; ")
-    assert refuse("prepare", "digits", "--held-out", 1797, "--out", tmp_path / "new").startswith("--held-out 1797: ")
+    assert refuse("prepare", "digits", "--held-out", 0, "--labels", "x", "--out", tmp_path / "new").startswith("--lab")
     assert refuse("prepare", "folder", "--out", tmp_path / "new").endswith("holds the images")
     assert refuse("prepare", "folder", tmp_path, "--out", tmp_path / "new").startswith(f"{tmp_path}: no images here; ")
 
@@ -383,6 +389,7 @@ def test_one_unreadable_image_is_skipped_and_counted(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     hand = hand_made(tmp_path / "hand", bad=7)
+    assert capsys.readouterr().out == f"{hand}: 16 train, 16 test images of 1 x 8 x 8 in 2 shards\n"
     assert call("shards", "read", hand, "--batch-size", 16) == 0
     keys = json.loads(capsys.readouterr().out.splitlines()[0])["keys"]
     assert len(keys) == 16
@@ -397,23 +404,17 @@ def test_one_unreadable_image_is_skipped_and_counted(
 
 
 def hand_made(folder: Path, *, bad: int) -> Path:
-    """A data set as anybody may write it, one image of which is none."""
+    """Tars as anybody may write them, one image of which is none, and an index of them."""
     folder.mkdir()
-    shards = []
     for split in ("train", "test"):
-        file = folder / f"{split}-000000.tar"
-        with tarfile.open(file, "w") as tar:
+        with tarfile.open(folder / f"{split}-000000.tar", "w") as tar:
             for number in range(16):
                 image = picture_file(folder / "image.png", size=8, seed=number)
                 if (split, number) == ("train", bad):
                     image.write_bytes(b"no image")
                 tar.add(image, f"image{number}.png")
                 image.unlink()
-        data = file.read_bytes()
-        digest = hashlib.sha256(data).hexdigest()
-        shards.append({"url": file.name, "split": split, "samples": 16, "bytes": len(data), "sha256": digest})
-    index = {"source": "hand", "channels": 1, "height": 8, "width": 8, "classes": [], "shards": shards}
-    (folder / "index.json").write_text(json.dumps(index))
+    assert call("shards", "index", folder) == 0
     return folder
 
 
@@ -434,7 +435,7 @@ def test_object_stores_that_do_not_answer_as_hoped(
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     forget_clients()
     for arguments, place in (
-        (["prepare", "digits", "--out", f"{s3}/digits"], "digits/index.json"),
+        (["prepare", "digits", "--out", f"{s3}/digits"], "digits"),
         (["train", tiny, new, f"data.url={s3}/digits"], "digits/index.json"),
         (["train", tiny, f"training.run={s3}/run"], "run/checkpoints"),
         (["evaluate", f"{s3}/run"], "run/config.toml"),
@@ -587,19 +588,82 @@ def test_shards_read(digits: str, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_prepare(tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> None:
-    photos = tmp_path / "photos"
-    for number in range(4):
+    photos, out = tmp_path / "photos", tmp_path / "out"
+    for number in range(12):
         (photos / "ab"[number % 2]).mkdir(parents=True, exist_ok=True)
         picture_file(photos / "ab"[number % 2] / f"{number}.png", size=20, seed=number)
     (photos / "a" / "broken.jpg").write_bytes(b"no image")
-    out = tmp_path / "out"
-    assert call("prepare", "folder", photos, "--size", 16, "--channels", 1, "--out", out) == 0
+    options = ["--size", 16, "--crop", 18, "--channels", 1, "--format", "webp", "--held-out", 0.4]
+    assert call("prepare", "folder", photos, *options, "--samples-per-shard", 3, "--out", out) == 0
     said, err = capsys.readouterr()
     assert not err
-    assert said.startswith(f"{out}: ")
-    assert said.endswith(" held out, 1 x 16 x 16, in 2 shards; 1 unreadable\n") or "1 unreadable" in said
-    assert "cannot be read and is left out" in caplog.text
-    assert json.loads((out / "index.json").read_text())["classes"] == ["a", "b"]
+    assert re.fullmatch(rf"{out}: \d train, \d test images of 1 x 16 x 16 in [56] shards\n", said)
+    assert caplog.messages == [f"1 images could not be read and are left out: {out}/rejects.csv"]
+    assert "a/broken_jpg," in (out / "rejects.csv").read_text()
+    index = json.loads((out / "index.json").read_text())
+    assert (index["source"], index["classes"], index["attributes"]) == ("folder", ["a", "b"], [])
+    with tarfile.open(out / "train-000000.tar") as tar:
+        assert {Path(name).suffix for name in tar.getnames()} == {".cls", ".webp"}
+
+
+def test_tars_are_indexed_or_written_anew(digits: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tars, size = tmp_path / "tars", ["--size", 4, "--format", "jpg"]
+    shutil.copytree(digits, tars, ignore=shutil.ignore_patterns("index.json", "*.offsets"))
+    before = contents(tars)
+    lines = []
+    for command in (
+        ["prepare", "tar", tars, "--out", tmp_path / "a"],
+        ["shards", "index", tars, "--out", tmp_path / "b"],
+    ):
+        assert call(*command) == 0
+        lines.append(capsys.readouterr().out.partition(": ")[2])
+    assert set(lines) == {"1,618 train, 179 test images of 1 x 8 x 8 in 10 shards\n"}
+    assert contents(tars) == before
+    assert [*contents(tmp_path / "a").values()] == [*contents(tmp_path / "b").values()]
+    there, here = (json.loads((folder / "index.json").read_text()) for folder in (tmp_path / "a", Path(digits)))
+    for one, other in zip(there["shards"], here["shards"], strict=True):
+        assert one == other | {"url": f"{tars}/{other['url']}"}
+    assert there == here | {"source": "tar", "shards": there["shards"]}
+    assert call("prepare", "tar", tars, *size, "--out", tmp_path / "c") == 0
+    said = "1,618 train, 179 test images of 3 x 4 x 4 in 3 shards\n"
+    assert capsys.readouterr().out.partition(": ")[2] == said
+    assert call("shards", "verify", tmp_path / "c") == 0
+    assert capsys.readouterr() == (f"{tmp_path}/c: {said}", "")
+
+
+def test_shards_inspect(digits: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("shards", "inspect", digits, "--json", "--picture", tmp_path / "x.png") == 0
+    out, err = capsys.readouterr()
+    found = json.loads(out)
+    assert not err
+    assert (found["url"], found["splits"]["train"]["images"]) == (digits, 1618)
+    with Image.open(tmp_path / "x.png") as picture:
+        assert (picture.mode, picture.size) == ("L", (8 * 36, 8 * 36))
+    assert call("shards", "inspect", digits) == 0
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert first == f"{digits}: digits, images of 1 x 8 x 8"
+    table = [line.split() for line in lines if line]
+    assert table[:2] == [
+        ["split", "images", "shards", "bytes", "bytes_per_image"],
+        ["train", *(f"{number:,}" for number in found["splits"]["train"].values())],
+    ]
+    assert table[3:] == [
+        ["class", "train", "test"],
+        *([name, str(row["train"]), str(row["test"])] for name, row in found["classes"].items()),
+    ]
+
+
+def test_shards_verify(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for quick in ([], ["--quick"]):
+        assert call("shards", "verify", shards, *quick) == 0
+        assert capsys.readouterr() == (f"{shards}: 1,618 train, 179 test images of 1 x 8 x 8 in 10 shards\n", "")
+    tar = shards / "train-000003.tar"
+    tar.write_bytes(tar.read_bytes()[:-1] + b"x")
+    assert call("shards", "verify", shards) == 2
+    assert capsys.readouterr() == (
+        f"{tar}: its sha256 is not the index's\n",
+        f"aaae: {shards}: damaged in 1 place, see stdout; bring it anew, or prepare it anew\n",
+    )
 
 
 def test_another_data_set_is_not_judged_by(copy: Path, tiny: Path, tmp_path: Path, refuse: Refuse) -> None:

@@ -12,14 +12,15 @@ from training_runs import environment, settings, train
 
 from aaae_dist import inference
 from aaae_dist.checkpoint import load_average
-from aaae_dist.data import Reader, sweep
+from aaae_dist.data import sweep
 from aaae_dist.evaluation import evaluate
+from aaae_dist.reader import Reader
 
 WORKER = """
 import json, sys
 import torch.distributed as dist
 from aaae_dist.checkpoint import load_average
-from aaae_dist.data import Reader
+from aaae_dist.reader import Reader
 from aaae_dist.evaluation import evaluate
 dist.init_process_group("gloo")
 model, config, _ = load_average(sys.argv[1])
@@ -56,7 +57,7 @@ def test_figures_against_a_plain_computation(run):
     readers = {"train": Reader(config.data, split="train"), "held_out": Reader(config.data, split="test")}
     figures = dict(evaluate(model, **readers, samples=300, batch_size=100, workers=0))
     held_out = next(sweep(readers["held_out"], limit=1000, batch_size=1000, world=1, rank=0, workers=0))
-    images = held_out.images.double() / 127.5 - 1
+    images = held_out.images[held_out.mask].double() / 127.5 - 1
     with torch.no_grad():
         reconstructions = model.decode(model.encode(images.float())).clamp(-1, 1).double()
         codes = model.encode(images.float())

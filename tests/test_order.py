@@ -11,6 +11,10 @@ from aaae_dist.order import Order
 SPLITS = [[3, 4, 2], [1] * 5, [23], [7, 1, 30, 2, 12]]
 
 
+def listed(order, *of):
+    return [tuple(sample) for sample in order.samples(*of).tolist()]
+
+
 def by_definition(counts, *, seed, lanes, window, epoch):
     """All samples of an epoch by position."""
 
@@ -37,7 +41,7 @@ def test_order_is_what_its_definition_says(counts, lanes, window):
     for seed, epoch in [(0, 0), (0, 1), (5, 0), (2**40, 10**6)]:
         order = Order(counts, seed=seed, lanes=lanes, window=window)
         expected = by_definition(counts, seed=seed, lanes=lanes, window=window, epoch=epoch)
-        assert [order.samples(epoch, p, p + 1) for p in range(order.length)] == [[sample] for sample in expected]
+        assert [listed(order, epoch, p, p + 1) for p in range(order.length)] == [[sample] for sample in expected]
         assert len(set(expected)) == order.length > sum(counts) - lanes  # none twice, fewer than `lanes` left out
 
 
@@ -45,13 +49,16 @@ def test_order_is_what_its_definition_says(counts, lanes, window):
 def test_a_slice_holds_its_positions_whatever_was_asked_before(counts):
     order = Order(counts, seed=1, lanes=4, window=3)
     for start, stop in [(0, order.length), (1, 4), (order.length - 2, order.length), (0, 1)]:
-        fresh = Order(counts, seed=1, lanes=4, window=3).samples(2, start, stop)
-        assert order.samples(2, start, stop) == fresh
-        assert sorted(fresh) == sorted(s for p in range(start, stop) for s in order.samples(2, p, p + 1))
+        fresh = listed(Order(counts, seed=1, lanes=4, window=3), 2, start, stop)
+        assert listed(order, 2, start, stop) == fresh
+        assert sorted(fresh) == sorted(s for p in range(start, stop) for s in listed(order, 2, p, p + 1))
+        for cut in range(len(fresh)):
+            shares = [listed(order, 2, start, stop, share) for share in (slice(0, cut), slice(cut, stop))]
+            assert shares[0] + shares[1] == fresh
 
 
 def test_values_never_change():
-    assert Order([3, 4, 2], seed=7, lanes=2, window=3).samples(1, 0, 8) == [
+    assert listed(Order([3, 4, 2], seed=7, lanes=2, window=3), 1, 0, 8) == [
         (2, 0),
         (0, 0),
         (2, 1),
@@ -61,7 +68,7 @@ def test_values_never_change():
         (0, 2),
         (1, 2),
     ]
-    assert Order([1000] * 6, seed=2**33, lanes=16, window=64).samples(10**5, 1700, 1706) == [
+    assert listed(Order([1000] * 6, seed=2**33, lanes=16, window=64), 10**5, 1700, 1706) == [
         (0, 567),
         (0, 959),
         (4, 353),
@@ -72,14 +79,14 @@ def test_values_never_change():
 
 
 def test_every_permutation_is_as_likely():
-    found = Counter(tuple(Order([4], seed=seed, lanes=1, window=9).samples(0, 0, 4)) for seed in range(2400))
+    found = Counter(tuple(listed(Order([4], seed=seed, lanes=1, window=9), 0, 0, 4)) for seed in range(2400))
     assert found.keys() == set(permutations((0, i) for i in range(4)))
     assert sum((n - 100) ** 2 / 100 for n in found.values()) < 49.7  # chi squared of 23 degrees, 0.999
 
 
 def test_epochs_and_seeds_differ_and_leave_out_different_samples():
     orders = {seed: Order([7, 30, 12], seed=seed, lanes=16, window=64) for seed in range(5)}
-    epochs = {(seed, epoch): order.samples(epoch, 0, 48) for seed, order in orders.items() for epoch in range(5)}
+    epochs = {(seed, epoch): listed(order, epoch, 0, 48) for seed, order in orders.items() for epoch in range(5)}
     assert len({tuple(samples) for samples in epochs.values()}) == 25
     everything = {(shard, i) for shard, count in enumerate([7, 30, 12]) for i in range(count)}
     assert len({missing for samples in epochs.values() for missing in everything.difference(samples)}) > 1
@@ -88,8 +95,38 @@ def test_epochs_and_seeds_differ_and_leave_out_different_samples():
 def test_a_batch_needs_few_shards():
     order = Order([10] * 1000, seed=0, lanes=8, window=20)
     for start in range(0, order.length, 500):
-        shards = {shard for shard, _ in order.samples(0, start, start + 80)}
+        shards = {shard for shard, _ in listed(order, 0, start, start + 80)}
         assert 8 <= len(shards) <= 8 * 5  # 10 offsets of a lane meet at most 2 windows, those at most 5 shards
+
+
+@pytest.mark.parametrize("counts", SPLITS)
+@pytest.mark.parametrize(("lanes", "window"), [(1, 4), (4, 3), (4, 100), (16, 1)])
+def test_in_play_are_the_shards_of_a_block(counts, lanes, window):
+    order = Order(counts, seed=3, lanes=lanes, window=window)
+    lanes = order.lanes
+    for block in range(order.block(order.length - 1) + 1):
+        start, stop = block * window * lanes, min((block + 1) * window * lanes, order.length)
+        assert order.block(start) == order.block(stop - 1) == block
+        assert set(order.in_play(1, block)) == {shard for shard, _ in listed(order, 1, start, stop)}
+        for first, last in [(0, 1), (0, lanes), (lanes - 1, lanes)]:  # of ranks that have whole lanes
+            lanes_of = slice((stop - start) * first // lanes, (stop - start) * last // lanes)
+            found = order.in_play(1, block, (first / lanes, last / lanes))
+            assert set(found) == {shard for shard, _ in listed(order, 1, start, stop, lanes_of)}
+    assert order.in_play(1, block + 1) == []
+
+
+@pytest.mark.parametrize(("lanes", "window", "good"), [(16, 65_536, True), (48, 65_536, True), (16, 500, False)])
+def test_batches_of_class_sorted_shards_are_as_mixed_as_by_a_full_permutation(lanes, window, good):
+    """The spread of a class's share over batches, against sampling without replacement (hypergeometric)."""
+    classes, size = 10, 256
+    order = Order([1000] * 60, seed=0, lanes=lanes, window=window)  # shard s holds class s // 6 alone
+    shares = []
+    for epoch in range(2):
+        for start in range(0, order.length - size + 1, size):
+            found = order.samples(epoch, start, start + size)[:, 0] // 6
+            shares.append(np.bincount(found, minlength=classes) / size)
+    ideal = (0.1 * 0.9 / size * (60_000 - size) / (60_000 - 1)) ** 0.5
+    assert (np.std(shares, axis=0).mean() / ideal < 1.1) == good  # less: a lane is a stratum
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 7, 8])

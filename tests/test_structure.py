@@ -13,8 +13,10 @@ from aaae_dist.cli import COMMANDS
 PACKAGE = Path(__file__).parent.parent / "aaae_dist"
 ORDER = (  # a module imports only from those before it
     *("errors", "storage", "config", "arguments", "stopping", "distributed", "randomness", "schedule", "losses"),
-    *("networks", "aaae", "baselines", "sources", "shards", "order", "data", "metrics", "inference", "evaluation"),
-    *("checkpoint", "compatibility", "tracking", "progress", "interval", "training", "cli"),
+    *("networks", "aaae", "baselines", "progress", "passes", "images", "tars", "shards", "archives", "formats"),
+    *("names", "sources", "preparation", "indexing", "inspection", "order", "cache", "reader", "workers", "data"),
+    *("quarantine", "augmentation", "metrics", "inference", "evaluation", "checkpoint", "compatibility"),
+    *("tracking", "interval", "training", "cli"),
 )
 TREES = {path.stem: ast.parse(path.read_text()) for path in sorted(PACKAGE.glob("*.py"))}
 LONG = 12  # lines: a shorter function may speak for itself

@@ -98,7 +98,8 @@ def test_ranks_see_the_same_statistics_and_one_line_of_metrics(tmp_path, digits)
     for name in ("latent_critic/margin", "image_critic/accuracy", "codes/rms", "codes/effective_rank"):
         assert isinstance(first[name], float)
     assert first["speed/images_per_second"] > 0
-    assert first["speed/data_wait_seconds"] >= 0
+    assert 0 <= sum(first[f"data/wait/{name}"] for name in ("fetching", "decoding", "hand_over")) < 1
+    assert first["data/slowest_rank"] in range(2)
     assert 1 <= first["codes/effective_rank"] <= 8
 
 

@@ -1,0 +1,209 @@
+"""A node's bounded cache of remote shards: a folder shared by all ranks, runs and data sets of a user.
+
+A shard is fetched once for all processes, in pieces that go on at the byte reached, even after a process that was
+killed. Files are named by the sha256 of their content and appear when it is right. The least recently used make room;
+what a process has open stays. Locks are those of the files themselves (flock), so that they end with their process,
+however that ends.
+"""
+
+import errno
+import fcntl
+import hashlib
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import fsspec
+from fsspec.asyn import sync
+
+from aaae_dist import storage
+from aaae_dist.errors import UserError
+from aaae_dist.shards import Shard
+
+log = logging.getLogger(__name__)
+
+PIECE = 1 << 26  # bytes of a request; it shrinks where requests fail
+SMALLEST_PIECE = 1 << 16
+READ = 1 << 20  # bytes that are taken from an answer at a time
+
+
+class Cache:
+    """Remote shards as local files, up to `limit` bytes of them."""
+
+    def __init__(self, folder: Path, *, limit: int) -> None:
+        self.folder, self.limit, self.told = folder, limit, False
+
+    def get(self, shard: Shard) -> int | None:
+        """Descriptor of a shard that is here; it stays until that is closed. None: it is not here."""
+        path = self.folder / f"{shard.sha256}.tar"
+        try:
+            file = os.open(path, os.O_RDONLY)
+        except FileNotFoundError:
+            return None
+        if os.fstat(file).st_size != shard.bytes:
+            path.unlink(missing_ok=True)
+        elif lock(file, fcntl.LOCK_SH) and os.fstat(file).st_nlink:
+            os.utime(file)  # used last of all
+            return file
+        os.close(file)
+        return None
+
+    def drop(self, shard: Shard) -> None:
+        """Forget a copy that turned out to be damaged."""
+        (self.folder / f"{shard.sha256}.tar").unlink(missing_ok=True)
+
+    def fetch(self, url: str, shard: Shard, *, patience: float) -> int | None:
+        """Descriptor of a shard, which is fetched unless it is here.
+
+        None: there is no room for it, or another process is at it.
+
+        Raises:
+            UserError: the store fails for longer than `patience` seconds, or its bytes are not what the index says.
+        """
+        with storage.explained(str(self.folder)):
+            if (file := self.get(shard)) is not None or (file := self.begin(shard)) is None:
+                return file
+            try:
+                if self.complete(file, url, shard, patience=patience):
+                    lock(file, fcntl.LOCK_SH)
+                    return file
+                os.close(file)
+            except BaseException as error:
+                os.close(file)
+                if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+                self.part(shard).unlink(missing_ok=True)
+                self.tell(f"{self.folder}: no space left")
+            return None
+
+    def part(self, shard: Shard) -> Path:
+        """Where a shard grows; the name says how much room it will take."""
+        return self.folder / f"{shard.sha256}.{shard.bytes}.part"
+
+    def begin(self, shard: Shard) -> int | None:
+        """The file that a shard grows in, for this process alone, if there is room."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        part = self.part(shard)
+        with (self.folder / ".lock").open("ab") as door:
+            fcntl.flock(door, fcntl.LOCK_EX)
+            if not part.exists() and not self.make_room(shard.bytes):
+                self.tell(f"data.cache_gb {self.limit / 1e9:g}: it does not hold all shards in play")
+                return None
+            file = os.open(part, os.O_RDWR | os.O_CREAT, 0o644)
+        with suppress(FileNotFoundError):  # completed or given up just now, by another process
+            if lock(file, fcntl.LOCK_EX) and os.path.samestat(os.fstat(file), part.stat()):
+                if not (self.folder / f"{shard.sha256}.tar").exists():
+                    return file
+                part.unlink()
+        os.close(file)
+        return None
+
+    def complete(self, file: int, url: str, shard: Shard, *, patience: float) -> bool:
+        """Fetch what is missing, and give the file its name if the content is right."""
+        digest = hashlib.sha256()
+        while part := os.read(file, READ):  # of a process that was killed
+            digest.update(part)
+        inherited = os.fstat(file).st_size
+        for piece in pieces(url, inherited, shard.bytes, patience=patience):
+            digest.update(piece)
+            view = memoryview(piece)
+            while view:
+                view = view[os.write(file, view) :]
+        if digest.hexdigest() == shard.sha256:
+            os.fsync(file)
+            self.part(shard).rename(self.folder / f"{shard.sha256}.tar")
+            return True
+        self.part(shard).unlink()
+        if not inherited:
+            raise UserError(
+                f"{url}: its sha256 is not the index's; it was damaged or replaced: prepare the data set anew"
+            )
+        return False
+
+    def make_room(self, size: int) -> bool:
+        """Remove what was not used for longest until so many bytes fit; not what a process has open."""
+        found = []
+        for path in [*self.folder.glob("*.tar"), *self.folder.glob("*.part")]:
+            with suppress(FileNotFoundError):
+                state = path.stat()
+                takes = int(path.name.split(".")[1]) if path.suffix == ".part" else state.st_size
+                found.append((state.st_mtime_ns, takes, path))
+        free = self.limit - sum(takes for _, takes, _ in found)
+        for _, takes, path in sorted(found):
+            if free >= size:
+                break
+            with suppress(FileNotFoundError), path.open("rb") as file:
+                if lock(file.fileno(), fcntl.LOCK_EX):
+                    path.unlink()
+                    free += takes
+        return free >= size
+
+    def tell(self, problem: str) -> None:
+        """Warn, once."""
+        if not self.told:
+            log.warning(
+                "%s; the other shards' samples are fetched one by one, which is slower: raise data.cache_gb, set "
+                "data.cache to a larger disk, or lower data.window",
+                problem,
+            )
+        self.told = True
+
+
+def lock(file: int, kind: int) -> bool:
+    """Lock an open file, or say that another holds it."""
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def pieces(url: str, start: int, stop: int, *, patience: float) -> Iterator[bytes]:
+    """Bytes of a remote file as they come, going on at the byte reached whenever a request ends before its time.
+
+    Raises:
+        UserError: no byte came for `patience` seconds.
+    """
+    answer: Iterator[bytes] = iter(())
+    size = PIECE
+
+    def attempt(store: fsspec.AbstractFileSystem, path: str) -> bytes:
+        nonlocal answer, size
+        if found := next(answer, b""):
+            return found
+        try:
+            answer = request(store, path, start, min(start + size, stop))
+            if not (found := next(answer, b"")):
+                raise ConnectionError("no bytes arrived")
+        except Exception:
+            size = max(size // 2, SMALLEST_PIECE)
+            raise
+        size = min(size * 2, PIECE)
+        return found
+
+    while start < stop:
+        found = storage.persistently(url, attempt, patience=patience)
+        if len(found) > stop - start:  # a web server that knows no ranges, and sent all
+            found = found[start:stop]
+        yield found
+        start += len(found)
+
+
+def request(store: fsspec.AbstractFileSystem, path: str, start: int, stop: int) -> Iterator[bytes]:
+    """The answer to one request for a range of a file: of S3 as it comes, so that a cut loses nothing; else at once."""
+    s3: Any = store if store.protocol in ("s3", ("s3", "s3a")) else None
+    if s3 is None:
+        found = store.cat_file(path, start=start, end=stop)
+        assert isinstance(found, bytes)
+        yield found
+        return
+    bucket, key, _ = s3.split_path(path)
+    body = s3.call_s3("get_object", Bucket=bucket, Key=key, Range=f"bytes={start}-{stop - 1}")["Body"]
+    try:
+        while found := sync(s3.loop, body.read, READ):
+            yield found
+    finally:
+        body.close()

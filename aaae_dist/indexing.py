@@ -1,0 +1,172 @@
+"""Making a data set of webdataset tars that exist already, where they are: they are neither touched nor copied."""
+
+import hashlib
+import io
+import logging
+from collections.abc import Sequence
+from contextlib import closing
+from typing import NamedTuple
+
+from PIL import Image
+
+from aaae_dist import storage
+from aaae_dist.errors import UserError
+from aaae_dist.names import files_below
+from aaae_dist.passes import Pass
+from aaae_dist.preparation import HELD_OUT, hold_out, put
+from aaae_dist.shards import INDEX, LABEL, SPLITS, Index, Shard, image_of, named_split
+from aaae_dist.tars import Offsets, read_sample, scan
+
+log = logging.getLogger(__name__)
+
+GREY = ("1", "L", "LA")  # modes of PIL
+MOST_CLASSES = 1 << 16
+
+
+class Survey(NamedTuple):
+    """What one tar holds."""
+
+    offsets: Offsets
+    sizes: dict[tuple[int, int], str]  # (width, height) -> key of the first image that has it
+    grey: bool  # every image
+    labels: set[bytes] | None  # None: not every sample has one
+    bad: list[str]  # keys of samples without an image that can be opened, and why
+
+
+def index(url: str, *, out: str, held_out: float | None, workers: int) -> Index:
+    """Write an index of the webdataset tars below `url`, and their offsets, to `out`.
+
+    A tar belongs to the split that its name, or a folder's, begins with (train, val, test). If none does, whole tars
+    are held out, chosen by a hash of their names. The classes are the whole numbers of the members `cls`, if all
+    samples have one.
+
+    Args:
+        held_out: share of the tars for the split `test`; None: a tenth; 0: none.
+        workers: threads, each of which holds one tar in memory.
+
+    Raises:
+        UserError: there are no tars, `out` already holds a data set, the images are not all squares of one size, the
+            labels are no classes, or the store fails. No index is written then.
+    """
+    if INDEX in storage.listing(out):
+        raise UserError(f"{out}: it already holds a data set; remove its {INDEX} first, or choose another --out")
+    tars = [name for name in files_below(url) if name.endswith(".tar")]
+    if not tars:
+        raise UserError(f"{url}: no tars here; it must hold webdataset shards, uncompressed files named *.tar")
+    splits = dict(zip(tars, divide(tars, url=url, held_out=held_out), strict=True))
+    here = absolute(url) == absolute(out)
+    work = Pass(len(tars), unit="tars", workers=workers)
+
+    def take_up(name: str) -> tuple[Shard, Survey]:
+        place, offsets = storage.join(url, name), f"{name.removesuffix('.tar')}.offsets"
+        data = storage.read(place)
+        found = survey(data, place=place)
+        put(storage.join(out, offsets), found.offsets.dump())
+        work.advance(len(data))
+        return Shard(
+            url=name if here else absolute(place),
+            offsets=offsets,
+            split=splits[name],
+            samples=len(found.offsets.checksums),
+            bytes=len(data),
+            sha256=hashlib.sha256(data).hexdigest(),
+        ), found
+
+    shards, surveys, sizes = [], [], {}
+    with closing(work.over(tars, take_up)) as results:
+        for shard, found in results:
+            shards.append(shard)
+            surveys.append(found)
+            sizes = {size: f"{shard.url} {key}" for size, key in found.sizes.items()} | sizes
+            refuse_other_sizes(sizes, url=url)
+    bad = [reason for found in surveys for reason in found.bad]
+    if not sizes:
+        raise UserError(f"{url}: no image in its {len(tars)} tars ({', '.join(bad[:1]) or 'they are empty'})")
+    if bad:
+        log.warning("%s: %d samples without an image that can be opened, first %s", url, len(bad), bad[0])
+    made = Index(
+        source="tar",
+        channels=1 if all(found.grey for found in surveys) else 3,
+        height=next(iter(sizes))[1],
+        width=next(iter(sizes))[0],
+        classes=classes([found.labels for found in surveys], url=url),
+        attributes=[],
+        shards=sorted((shard for shard in shards if shard.samples), key=lambda shard: SPLITS.index(shard.split)),
+    )
+    storage.write_json(storage.join(out, INDEX), made.model_dump())
+    return made
+
+
+def absolute(url: str) -> str:
+    return str(storage.local_path(url)) if storage.is_local(url) else url.rstrip("/")
+
+
+def divide(tars: Sequence[str], *, url: str, held_out: float | None) -> list[str]:
+    """The split of every tar.
+
+    Raises:
+        UserError: some names say it and others do not, or `held_out` is given though they do, or leaves a split empty.
+    """
+    named = {name: named_split(name) for name in tars}
+    if not any(named.values()):
+        return hold_out(tars, share=HELD_OUT if held_out is None else held_out, seed=0, what="tars")
+    if nameless := next((name for name, split in named.items() if not split), None):
+        other = next(name for name, split in named.items() if split)
+        raise UserError(
+            f"{storage.join(url, nameless)}: its split is unknown, while {other} names one; let all names begin with "
+            "train, val or test, or none"
+        )
+    if held_out is not None:
+        raise UserError(f"--held-out {held_out:g}: the names of the tars say their splits; leave it out")
+    return list(named.values())
+
+
+def survey(data: bytes, *, place: str) -> Survey:
+    """Look at every sample of a tar, at images no further than their headers.
+
+    Raises:
+        UserError: it is not a tar, or damaged.
+    """
+    try:
+        offsets, keys = scan(data)
+        samples = [read_sample(data[slice(*offsets.span(number))])[1] for number in range(len(keys))]
+    except ValueError as error:
+        raise UserError(f"{place}: {storage.one_line(error)}; bring it anew, or remove it") from None
+    sizes: dict[tuple[int, int], str] = {}
+    grey, bad = True, []
+    for key, members in zip(keys, samples, strict=True):
+        try:
+            with Image.open(io.BytesIO(image_of(members))) as image:
+                sizes.setdefault(image.size, key)
+                grey = grey and image.mode in GREY
+        except Exception as error:  # at damaged files PIL lets struct.error, TypeError and more through
+            bad.append(f"{place} {key}: {storage.one_line(error)}")
+    labels = {members[LABEL].strip() for members in samples if LABEL in members}
+    return Survey(offsets, sizes, grey, labels if all(LABEL in members for members in samples) else None, bad)
+
+
+def refuse_other_sizes(sizes: dict[tuple[int, int], str], *, url: str) -> None:
+    """Raise a UserError if there are images of several sizes, or they are not square."""
+    remedy = f"make them squares of one size with `aaae prepare tar {url} --size N --out OUT`"
+    found = [f"{where} is {width} x {height}" for (width, height), where in sizes.items()]
+    if len(found) > 1:
+        raise UserError(f"{url}: {found[0]} pixels, {found[1]}; {remedy}")
+    if any(width != height for width, height in sizes):
+        raise UserError(f"{url}: {found[0]} pixels, not square; {remedy}")
+
+
+def classes(labels: Sequence[set[bytes] | None], *, url: str) -> list[str]:
+    """Names of the classes, which are numbers from 0; none if a sample has no label.
+
+    Raises:
+        UserError: a label is no such number.
+    """
+    if None in labels:
+        return []
+    for text in sorted(set().union(*(some for some in labels if some))):
+        if not text.isdigit() or len(text) > 5 or int(text) >= MOST_CLASSES:
+            raise UserError(
+                f"{url}: a member `{LABEL}` says {text.decode(errors='replace')!r}, not a class from 0 to "
+                f"{MOST_CLASSES - 1}; number them with `aaae prepare tar {url} --size N --out OUT`"
+            )
+    return [str(number) for number in range(1 + max(int(text) for some in labels if some for text in some))]

@@ -1,0 +1,30 @@
+"""The run's list of samples that could not be used: `quarantine.jsonl`, one JSON object a line."""
+
+import json
+from collections.abc import Collection, Iterable
+
+from aaae_dist import distributed, storage
+from aaae_dist.reader import Bad
+
+QUARANTINE = "quarantine.jsonl"
+
+
+class Quarantine:
+    """What is listed, the same on every rank; rank 0 writes."""
+
+    def __init__(self, run: str) -> None:
+        self.url = storage.join(run, QUARANTINE)
+        lines = storage.read(self.url).decode().splitlines() if storage.exists(self.url) else []
+        self.samples = dict.fromkeys(Bad(**json.loads(line)) for line in lines)
+
+    def add(self, samples: Iterable[Bad]) -> None:
+        """List samples, each once."""
+        known = len(self.samples)
+        self.samples |= dict.fromkeys(samples)
+        if len(self.samples) > known and distributed.rank() == 0:
+            lines = (json.dumps(sample._asdict(), ensure_ascii=False) for sample in self.samples)
+            storage.write(self.url, "".join(f"{line}\n" for line in lines).encode())
+
+    def of(self, shards: Collection[str]) -> list[Bad]:
+        """Those that lie in one of these shards."""
+        return [sample for sample in self.samples if sample.shard in set(shards)]

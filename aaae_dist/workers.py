@@ -1,0 +1,206 @@
+"""Processes that fetch and decode batches into slots of shared memory, ahead of their use.
+
+A worker is this module, run by the Python at hand. It gets one JSON line a batch, which samples go to which slot, and
+answers with one; pixels never pass through a pipe. It ends when its input does, so none outlives its trainer, and
+leaves signals to that. (Threads need less code, but with images of 64 x 64 pixels two spend half their time waiting for
+each other.)
+"""
+
+import json
+import logging
+import math
+import mmap
+import os
+import signal
+import subprocess
+import sys
+import weakref
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from itertools import cycle
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import UInt8
+
+from aaae_dist.config import Data
+from aaae_dist.errors import UserError
+from aaae_dist.reader import Bad, Place, Reader, Told
+from aaae_dist.shards import Index
+
+TRAINERS_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+AHEAD = 2  # batches that a worker is asked for before the first is taken
+
+
+class Request(NamedTuple):
+    """Samples of one batch: of each of several readers, by its number, the (shard, number) of samples."""
+
+    reads: list[tuple[int, np.ndarray]]
+    plans: dict[int, list[int]]  # of readers whose plan is a new one
+
+
+class Answer(NamedTuple):
+    """The pixels of a batch, and what is told of its samples."""
+
+    pixels: UInt8[np.ndarray, "n height width channels"]
+    told: Told
+
+
+def read(readers: Sequence[Reader], request: Request, pixels: np.ndarray) -> Told:
+    """Do a request in this process."""
+    told, first = [], 0
+    for number, places in request.reads:
+        told.append(readers[number].read(places, pixels[first : first + len(places)]))
+        first += len(places)
+    return Told(
+        [key for part in told for key in part.keys],
+        [label for part in told for label in part.labels],
+        sum(part.fetching for part in told),
+        sum(part.decoding for part in told),
+    )
+
+
+def answers(readers: Sequence[Reader], requests: Iterator[Request], *, rows: int, workers: int) -> Iterator[Answer]:
+    """What the requests ask for, in their order, done ahead by so many processes; 0: here, when it is asked for.
+
+    Raises:
+        UserError: a reader failed, or a worker died.
+    """
+    shape = (rows, *readers[0].shape)
+    if workers:
+        yield from Crew(readers, shape=shape, workers=workers).answers(requests)
+        return
+    for request in requests:
+        pixels = np.empty(shape, np.uint8)
+        yield Answer(pixels, read(readers, request, pixels))
+
+
+class Crew:
+    """Worker processes and the slots of memory that they share with this one."""
+
+    def __init__(self, readers: Sequence[Reader], *, shape: tuple[int, ...], workers: int) -> None:
+        self.readers, self.shape = readers, shape
+        self.slots = (AHEAD + 1) * workers + 1
+        descriptor = os.memfd_create("batches")
+        os.ftruncate(descriptor, self.slots * math.prod(shape))
+        self.memory = mmap.mmap(descriptor, 0)
+        self.free = deque(range(self.slots))
+        setup = {
+            "memory": descriptor,
+            "shape": shape,
+            "sets": [
+                {"data": r.data.model_dump(), "index": r.index.model_dump(), "split": r.split, "url": r.url}
+                for r in readers
+            ],
+        }
+        line = [sys.executable, "-m", "aaae_dist.workers"]
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "encoding": "utf-8"}
+        earlier = signal.pthread_sigmask(signal.SIG_BLOCK, TRAINERS_SIGNALS)  # they inherit it
+        try:
+            self.workers = [
+                subprocess.Popen(line, **pipes, pass_fds=[descriptor], start_new_session=True) for _ in range(workers)
+            ]
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, earlier)
+        for worker in self.workers:
+            self.send(worker, setup)
+        os.close(descriptor)
+
+    def answers(self, requests: Iterator[Request]) -> Iterator[Answer]:
+        """Answers in the order of the requests. The first is given here, while the workers come to life."""
+        waiting: deque[tuple[subprocess.Popen[str], int]] = deque()
+        turns = cycle(self.workers)
+        try:
+            first = next(requests)
+            while True:
+                while len(waiting) < AHEAD * len(self.workers) and self.free:
+                    worker, request, slot = next(turns), next(requests), self.free.popleft()
+                    for other in self.workers if request.plans else ():
+                        self.send(other, {"plans": request.plans})
+                    self.send(
+                        worker, {"slot": slot, "reads": [(n, places.tobytes().hex()) for n, places in request.reads]}
+                    )
+                    waiting.append((worker, slot))
+                if first:
+                    pixels = np.empty(self.shape, np.uint8)
+                    yield Answer(pixels, read(self.readers, first, pixels))
+                    first = None
+                else:
+                    yield self.take(*waiting.popleft())
+        finally:
+            self.dismiss()
+
+    def take(self, worker: subprocess.Popen[str], slot: int) -> Answer:
+        """A worker's next answer. Its slot is used again when nobody holds the pixels any more."""
+        assert worker.stdout
+        line = worker.stdout.readline()
+        if not line:
+            raise UserError(
+                f"data.workers {len(self.workers)}: a worker ended ({worker.wait()}), perhaps for want of memory; "
+                "lower it, or training.batch_size"
+            )
+        answer = json.loads(line)
+        for number, shard, index, bad in answer["bad"]:
+            self.readers[number].meet((shard, index), Bad(*bad))
+        if answer["error"]:
+            raise UserError(answer["error"])
+        count, start = math.prod(self.shape), slot * math.prod(self.shape)
+        pixels = np.frombuffer(self.memory, np.uint8, count, start).reshape(self.shape)
+        if len(self.free) < len(self.workers):  # someone keeps many batches: let this one be a copy
+            pixels = pixels.copy()
+            self.free.append(slot)
+        else:
+            weakref.finalize(pixels, self.free.append, slot)
+        return Answer(pixels, Told(*answer["told"]))
+
+    def send(self, worker: subprocess.Popen[str], message: dict[str, Any]) -> None:
+        assert worker.stdin
+        with suppress(BrokenPipeError):  # it died; `take` tells
+            worker.stdin.write(json.dumps(message) + "\n")
+            worker.stdin.flush()
+
+    def dismiss(self) -> None:
+        """End all workers."""
+        for worker in self.workers:
+            worker.kill()
+            worker.communicate()
+
+
+def work() -> None:
+    """The life of a worker."""
+    logging.basicConfig(stream=sys.stderr, format="aaae data worker: %(message)s", level=logging.WARNING)
+    logging.getLogger("aaae_dist.reader").setLevel(logging.ERROR)  # bad samples are told of in the answers
+    setup = json.loads(sys.stdin.readline())
+    slots = np.frombuffer(mmap.mmap(setup["memory"], 0), np.uint8).reshape(-1, *setup["shape"])
+    readers = [
+        Reader(Data(**each["data"]), split=each["split"], url=each["url"], index=Index(**each["index"]))
+        for each in setup["sets"]
+    ]
+    met: list[set[Place]] = [set() for _ in readers]
+    for line in sys.stdin:
+        message = json.loads(line)
+        if "plans" in message:
+            for number, shards in message["plans"].items():
+                readers[int(number)].let_go(shards)
+            continue
+        reads = [(n, np.frombuffer(bytes.fromhex(places), np.int64).reshape(-1, 2)) for n, places in message["reads"]]
+        request = Request(reads, {})
+        told, error = None, ""
+        try:
+            told = read(readers, request, slots[message["slot"]])
+        except UserError as problem:
+            error = str(problem)
+        bad = [
+            (n, *place, reader.bad[place])
+            for n, reader in enumerate(readers)
+            for place in reader.bad
+            if place not in met[n]
+        ]
+        for number, shard, index, _ in bad:
+            met[number].add((shard, index))
+        print(json.dumps({"told": told, "bad": bad, "error": error}), flush=True)
+
+
+if __name__ == "__main__":
+    work()
