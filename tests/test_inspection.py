@@ -133,7 +133,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     ),
     "both": (
         lambda copy: ((copy / "train-000000.offsets").write_bytes(b"1234"), (copy / FIRST).write_bytes(b"")),
-        [r"0 bytes, but the index says \d+", "4 bytes instead of the 36 of 4 samples"],
+        [r"0 bytes, but the index says \d+", "not the 36 bytes of 4 samples"],
     ),
     "fewer": (
         lambda copy: entry(copy, lambda index: index["shards"][0].update(samples=3)),
