@@ -16,6 +16,7 @@ from sklearn.datasets import load_digits
 from aaae_dist.config import Data
 from aaae_dist.data import Batch, Stream, ahead, middle, sweep, to_float, to_uint8
 from aaae_dist.reader import Reader
+from aaae_dist.sources import Source
 
 USUAL = {"seed": 0, "lanes": 16, "window": 8, "batch_size": 24}
 
@@ -227,6 +228,24 @@ def test_a_dead_worker_is_one_line(many):
     ):
         for _ in range(10):
             next(stream)
+
+
+def test_memory_does_not_grow_over_epochs(tmp_path):
+    """100 batches of 1.2 MB; what is held is a few of them."""
+    pixels = np.random.default_rng(0).integers(0, 256, (50, 64, 64, 3), dtype=np.uint8)
+    source = Source([f"{i:04d}" for i in range(2_200)], lambda i: pixels[i % 50], size=64, channels=3)
+    prepared(source, tmp_path, format="jpg", held_out=200, samples_per_shard=250)
+    source = Reader(Data(url=str(tmp_path), channels=3, size=64), split="train")
+    source.keep = False
+    batches = iter(Stream([source], seed=0, lanes=16, window=1000, batch_size=100, workers=1))
+
+    def held() -> int:
+        return sum(process.memory_full_info().pss for process in [psutil.Process(), *data_workers()])
+
+    before = [next(batches) and held() for _ in range(25)][-1]
+    after = [next(batches) and held() for _ in range(75)][-1]
+    batches.close()
+    assert after - before < 10_000_000
 
 
 # --- mixes

@@ -83,11 +83,15 @@ def test_the_demo_and_what_follows(workplace):
     again = run(block_with("accelerate launch"), workplace)
     assert "nothing is left to do" in again.stderr
     assert "MLflow has all" in run(block_with("track sync"), workplace).stdout
+    looked = run(block_with("shards inspect"), workplace)
+    assert looked.stdout.count('{"batch": ') == 3
+    assert (workplace / "sheet.png").exists()
 
 
 def test_every_block_is_accounted_for():
     """What is not run above is `make demo` and `make test`, which run this."""
-    known = ("prepare folder", "s3://bucket/runs", "accelerate launch", "track sync", "make demo", "make test")
+    known = ("prepare folder", "s3://bucket/runs", "accelerate launch", "track sync", "shards inspect")
+    known += ("make demo", "make test")
     assert [block for block in BLOCKS if not any(text in block for text in known)] == []
     makefile = (ROOT / "Makefile").read_text()
     assert "launch/demo.sh $(BIN)" in makefile
