@@ -104,7 +104,7 @@ class Stream:
 
         Args:
             batch_size: samples of a global batch.
-            workers: threads that fetch and decode ahead; 0: it is done when a batch is asked for.
+            workers: processes that fetch and decode ahead; 0: it is done when a batch is asked for.
 
         Raises:
             UserError: `batch_size` does not divide by `world`, or is too large or too small for a data set.
