@@ -96,6 +96,12 @@ THREADS = argument(
 )
 
 
+def as_setting(flag: str, name: str, kind: Callable[[str], int]) -> Callable[[Parser], Any]:
+    """A flag that means what a setting does, with its default."""
+    default = settings()[name].default
+    return argument(flag, type=kind, default=default, metavar="N", help=f"as {name}; default: {default}")
+
+
 def parser() -> Parser:
     """All verbs; what was chosen is `command`, such as "shards read"."""
     top = Parser(
@@ -346,7 +352,7 @@ def parser() -> Parser:
             type=whole(0, 256),
             default=0,
             metavar="N",
-            help="threads that read ahead; the order does not depend on it; default: 0",
+            help="processes that read ahead; the order does not depend on it; default: 0",
         ),
         argument("--batch-size", type=whole(1), required=True, metavar="N", help="of the global batch, over all ranks"),
         argument(
@@ -354,8 +360,8 @@ def parser() -> Parser:
         ),
         argument("--count", type=whole(1), default=10, metavar="C", help="batches; default: 10"),
         argument("--seed", type=SEED, default=0, metavar="N", help="as training.seed; default: 0"),
-        argument("--lanes", type=whole(1, 65_536), default=16, metavar="N", help="as data.lanes; default: 16"),
-        argument("--window", type=whole(1), default=4096, metavar="N", help="as data.window; default: 4096"),
+        as_setting("--lanes", "data.lanes", whole(1, 65_536)),
+        as_setting("--window", "data.window", whole(1)),
         example=read,
         among=shards,
     )
