@@ -1,9 +1,9 @@
 """A node's bounded cache of remote shards: a folder shared by all ranks, runs and data sets of a user.
 
 A shard is fetched once for all processes, in pieces that go on at the byte reached, even after a process that was
-killed. Files are named by the sha256 of their content and appear when it is right. The least recently used make room;
-what a process has open stays. Locks are those of the files themselves (flock), so that they end with their process,
-however that ends.
+killed. Files are named by the sha256 of the shard, hold its offsets behind it, and appear when the shard is right. The
+least recently used make room; what a process has open stays. Locks are those of the files themselves (flock), so that
+they end with their process, however that ends.
 """
 
 import errno
@@ -11,7 +11,7 @@ import fcntl
 import hashlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from fsspec.asyn import sync
 from aaae_dist import storage
 from aaae_dist.errors import UserError
 from aaae_dist.shards import Shard
+from aaae_dist.tars import size_of_offsets
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ class Cache:
             file = os.open(path, os.O_RDONLY)
         except FileNotFoundError:
             return None
-        if os.fstat(file).st_size != shard.bytes:
+        if os.fstat(file).st_size != size(shard):
             path.unlink(missing_ok=True)
         elif lock(file, fcntl.LOCK_SH) and os.fstat(file).st_nlink:
             os.utime(file)  # used last of all
@@ -55,8 +56,11 @@ class Cache:
         """Forget a copy that turned out to be damaged."""
         (self.folder / f"{shard.sha256}.tar").unlink(missing_ok=True)
 
-    def fetch(self, url: str, shard: Shard, *, patience: float) -> int | None:
+    def fetch(self, url: str, shard: Shard, offsets: Callable[[], bytes], *, patience: float) -> int | None:
         """Descriptor of a shard, which is fetched unless it is here.
+
+        Args:
+            offsets: fetches its offsets.
 
         None: there is no room for it, or another process is at it.
 
@@ -67,7 +71,7 @@ class Cache:
             if (file := self.get(shard)) is not None or (file := self.begin(shard)) is None:
                 return file
             try:
-                if self.complete(file, url, shard, patience=patience):
+                if self.complete(file, url, shard, offsets, patience=patience):
                     lock(file, fcntl.LOCK_SH)
                     return file
                 os.close(file)
@@ -81,7 +85,7 @@ class Cache:
 
     def part(self, shard: Shard) -> Path:
         """Where a shard grows; the name says how much room it will take."""
-        return self.folder / f"{shard.sha256}.{shard.bytes}.part"
+        return self.folder / f"{shard.sha256}.{size(shard)}.part"
 
     def begin(self, shard: Shard) -> int | None:
         """The file that a shard grows in, for this process alone, if there is room."""
@@ -89,7 +93,7 @@ class Cache:
         part = self.part(shard)
         with (self.folder / ".lock").open("ab") as door:
             fcntl.flock(door, fcntl.LOCK_EX)
-            if not part.exists() and not self.make_room(shard.bytes):
+            if not part.exists() and not self.make_room(size(shard)):
                 self.tell(f"data.cache_gb {self.limit / 1e9:g}: it does not hold all shards in play")
                 return None
             file = os.open(part, os.O_RDWR | os.O_CREAT, 0o644)
@@ -101,18 +105,18 @@ class Cache:
         os.close(file)
         return None
 
-    def complete(self, file: int, url: str, shard: Shard, *, patience: float) -> bool:
+    def complete(self, file: int, url: str, shard: Shard, offsets: Callable[[], bytes], *, patience: float) -> bool:
         """Fetch what is missing, and give the file its name if the content is right."""
         digest = hashlib.sha256()
+        os.truncate(file, min(os.fstat(file).st_size, shard.bytes))
         while part := os.read(file, READ):  # of a process that was killed
             digest.update(part)
         inherited = os.fstat(file).st_size
         for piece in pieces(url, inherited, shard.bytes, patience=patience):
             digest.update(piece)
-            view = memoryview(piece)
-            while view:
-                view = view[os.write(file, view) :]
+            append(file, piece)
         if digest.hexdigest() == shard.sha256:
+            append(file, offsets())
             os.fsync(file)
             self.part(shard).rename(self.folder / f"{shard.sha256}.tar")
             return True
@@ -123,7 +127,7 @@ class Cache:
             )
         return False
 
-    def make_room(self, size: int) -> bool:
+    def make_room(self, wanted: int) -> bool:
         """Remove what was not used for longest until so many bytes fit; not what a process has open."""
         found = []
         for path in [*self.folder.glob("*.tar"), *self.folder.glob("*.part")]:
@@ -133,13 +137,13 @@ class Cache:
                 found.append((state.st_mtime_ns, takes, path))
         free = self.limit - sum(takes for _, takes, _ in found)
         for _, takes, path in sorted(found):
-            if free >= size:
+            if free >= wanted:
                 break
             with suppress(FileNotFoundError), path.open("rb") as file:
                 if lock(file.fileno(), fcntl.LOCK_EX):
                     path.unlink()
                     free += takes
-        return free >= size
+        return free >= wanted
 
     def tell(self, problem: str) -> None:
         """Warn, once."""
@@ -150,6 +154,17 @@ class Cache:
                 problem,
             )
         self.told = True
+
+
+def size(shard: Shard) -> int:
+    """Bytes of the file of a shard in the cache."""
+    return shard.bytes + size_of_offsets(shard.samples)
+
+
+def append(file: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(file, view) :]
 
 
 def lock(file: int, kind: int) -> bool:

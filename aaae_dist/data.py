@@ -177,7 +177,7 @@ class Stream:
                 yield batch_of(answer, rows=self.rows)
         finally:
             for reader in self.readers:
-                reader.plan("stream", [])
+                reader.fetcher.plan("stream", [])
 
     def requests(self, states: deque[dict[str, Any]]) -> Iterator[Request]:
         """For every batch from here on, what this rank reads; the state after each is appended to `states`."""
@@ -198,7 +198,7 @@ class Stream:
                 if planned.get(n) != (now := (epoch, order.block(position))):
                     planned[n] = now
                     plans[n] = shards_ahead(order, *now, (mine.start / quota, mine.stop / quota))
-                    self.readers[n].plan("stream", plans[n])
+                    self.readers[n].fetcher.plan("stream", plans[n])
             state = state | {"samples": state["samples"] + self.batch_size, "sets": sets}
             states.append(state)
             yield Request(reads, plans)
@@ -221,7 +221,7 @@ def sweep(
     places = np.concatenate(numbers)[:limit]
     starts = range(rank * batch_size, -(-len(places) // (world * batch_size)) * world * batch_size, world * batch_size)
     parts = [places[start : start + batch_size] for start in starts]
-    reader.plan("sweep", list(dict.fromkeys(shard for part in parts for shard in part[:, 0].tolist())))
+    reader.fetcher.plan("sweep", list(dict.fromkeys(shard for part in parts for shard in part[:, 0].tolist())))
 
     def read(part: np.ndarray) -> Batch:
         pixels = np.zeros((batch_size, *reader.shape), np.uint8)
@@ -231,7 +231,7 @@ def sweep(
     try:
         yield from ahead((lambda part=part: read(part) for part in parts), workers=workers)
     finally:
-        reader.plan("sweep", [])
+        reader.fetcher.plan("sweep", [])
 
 
 def middle(

@@ -60,12 +60,14 @@ def read_index(url: str) -> Index:
         UserError: there is none, or it is damaged.
     """
     file = storage.join(url, INDEX)
-    if not storage.exists(file):
-        raise UserError(
-            f"{file}: no such file; prepare a data set with `aaae prepare SOURCE --out {url}`, or correct data.url"
-        )
     try:
         index = Index.model_validate(storage.read_json(file))
+    except UserError as problem:
+        if not isinstance(problem.__cause__, FileNotFoundError):
+            raise
+        raise UserError(
+            f"{file}: no such file; prepare a data set with `aaae prepare SOURCE --out {url}`, or correct data.url"
+        ) from None
     except ValidationError as error:
         problem = error.errors()[0]
         field = ".".join(map(str, problem["loc"])) or "the whole"

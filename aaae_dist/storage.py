@@ -37,7 +37,12 @@ SILENCE = 10.0  # seconds without a byte after which an attempt has failed
 # two together would wait 25 minutes for a store that takes connections and never answers.
 S3_OPTIONS = {
     "use_listings_cache": False,
-    "config_kwargs": {"connect_timeout": 5, "read_timeout": SILENCE, "retries": {"total_max_attempts": 1}},
+    "config_kwargs": {
+        "connect_timeout": 5,
+        "read_timeout": SILENCE,
+        "retries": {"total_max_attempts": 1},
+        "max_pool_connections": 64,  # more than are ever at work
+    },
 }
 
 

@@ -269,7 +269,7 @@ class Trainer:
         met = [sample for reader in (*self.readers, self.held_out) for sample in reader.bad.values()]
         self.quarantine.add([sample for part in distributed.gather(met) for sample in part])
         for reader in self.readers:
-            reader.refuse_too_many(len(self.quarantine.of(reader.places)))
+            reader.refuse_too_many(len(self.quarantine.of(reader.fetcher.urls)))
         return len(self.quarantine.samples)
 
     def draw(self) -> None:

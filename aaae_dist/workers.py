@@ -26,7 +26,8 @@ from jaxtyping import UInt8
 
 from aaae_dist.config import Data
 from aaae_dist.errors import UserError
-from aaae_dist.reader import Bad, Place, Reader, Told
+from aaae_dist.fetching import Place
+from aaae_dist.reader import Bad, Reader, Told
 from aaae_dist.shards import Index
 
 TRAINERS_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -182,7 +183,7 @@ def work() -> None:
         message = json.loads(line)
         if "plans" in message:
             for number, shards in message["plans"].items():
-                readers[int(number)].let_go(shards)
+                readers[int(number)].fetcher.let_go(shards)
             continue
         reads = [(n, np.frombuffer(bytes.fromhex(places), np.int64).reshape(-1, 2)) for n, places in message["reads"]]
         request = Request(reads, {})

@@ -23,6 +23,7 @@ from aaae_dist.cache import Cache, pieces
 from aaae_dist.shards import Shard
 
 MB = 1_000_000
+OFFSETS = b"some offsets"  # of one sample
 
 
 def shard(number: int, size: int = MB) -> tuple[str, Shard, bytes]:
@@ -54,11 +55,11 @@ def names(folder: Path) -> set[str]:
 def take(cache: Cache, number: int) -> bytes | None:
     """Fetch a shard and let go of it."""
     url, record, _ = shard(number)
-    file = cache.fetch(url, record, patience=1.0)
+    file = cache.fetch(url, record, lambda: OFFSETS, patience=1.0)
     if file is None:
         return None
     try:
-        return os.pread(file, 2 * MB, 0)
+        return os.pread(file, record.bytes, 0)
     finally:
         os.close(file)
 
@@ -89,7 +90,7 @@ def test_the_least_recently_used_make_room_but_not_what_is_open(tmp_path, reques
 
 def test_what_does_not_fit_is_not_fetched(tmp_path, requests, caplog):
     cache = Cache(tmp_path, limit=MB + MB // 2)
-    file = cache.fetch(*shard(0)[:2], patience=1.0)
+    file = cache.fetch(*shard(0)[:2], lambda: OFFSETS, patience=1.0)
     assert file is not None
     for _ in range(3):
         assert take(cache, 1) is None  # number 0 is open
@@ -127,7 +128,7 @@ def test_other_bytes_than_the_index_says_are_one_line(tmp_path):
     url, record, data = shard(0)
     storage.write(url, data[:-1] + b"x")
     with refused(f"{url}: its sha256 is not the index's; it was damaged or replaced: prepare the data set anew"):
-        Cache(tmp_path, limit=10 * MB).fetch(url, record, patience=1.0)
+        Cache(tmp_path, limit=10 * MB).fetch(url, record, lambda: OFFSETS, patience=1.0)
     assert names(tmp_path) == set()
 
 
@@ -137,7 +138,7 @@ def test_a_download_that_was_killed_goes_on(tmp_path, requests, damaged):
     url, record, data = shard(0)
     part = cache.part(record)
     part.write_bytes(bytes(1000) if damaged else data[:1000])
-    first = cache.fetch(url, record, patience=1.0)
+    first = cache.fetch(url, record, lambda: OFFSETS, patience=1.0)
     assert requests == [("/shards/0.tar", 1000, MB)]
     assert (first is None) == damaged  # found out at the end: the next attempt begins anew
     if first is not None:
@@ -152,7 +153,7 @@ def test_two_do_not_fetch_the_same(tmp_path, requests):
     url, record, data = shard(0)
     with cache.part(record).open("wb") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
-        assert cache.fetch(url, record, patience=1.0) is None
+        assert cache.fetch(url, record, lambda: OFFSETS, patience=1.0) is None
         assert requests == []
     assert take(cache, 0) == data
 
@@ -165,9 +166,9 @@ from pathlib import Path
 url, folder, record = sys.argv[1:]
 record = Shard.model_validate_json(record)
 print("go", flush=True)
-while (file := Cache(Path(folder), limit=10**9).fetch(url, record, patience=60)) is None:
+while (file := Cache(Path(folder), limit=10**9).fetch(url, record, lambda: b'some offsets', patience=60)) is None:
     pass
-assert len(os.pread(file, record.bytes + 1, 0)) == record.bytes
+assert os.fstat(file).st_size == record.bytes + len(b'some offsets')
 """
 
 
@@ -192,7 +193,7 @@ def test_processes_share_a_download_and_survive_each_others_death(tmp_path, s3):
             assert not part.exists() or part.stat().st_size >= reached
         assert all(process.wait(timeout=60) in (0, -9) for process in some)
     assert deaths >= 1
-    assert (tmp_path / f"{sha256}.tar").read_bytes() == data
+    assert (tmp_path / f"{sha256}.tar").read_bytes() == data + OFFSETS
     assert names(tmp_path) == {f"{sha256}.tar"}
 
 
@@ -260,37 +261,41 @@ def test_workers_read_from_a_store(small, s3, tmp_path):
     source.keep = False
     expected, _ = read_stream(reader(small), 12)
     assert_same(read_stream(source, 12, workers=2)[0], expected)
-    assert source.failure is None
+    assert source.fetcher.failure is None
 
 
 def test_planned_shards_come_and_those_no_longer_planned_are_let_go(small, tmp_path, requests):
     source = reader(copied(small, "memory://planned"), cache=str(tmp_path))
-    source.plan("stream", [3, 1, 4])
-    source.plan("sweep", [1, 5])
-    with source.changed:
-        assert source.changed.wait_for(lambda: set(source.files) == {1, 3, 4, 5}, timeout=20)
+    source.fetcher.plan("stream", [3, 1, 4])
+    source.fetcher.plan("sweep", [1, 5])
+    with source.fetcher.changed:
+        assert source.fetcher.changed.wait_for(lambda: set(source.fetcher.files) == {1, 3, 4, 5}, timeout=20)
     assert {Path(file.path).stem for file in psutil.Process().open_files()} >= {source.shards[3].sha256}
-    source.plan("stream", [])
-    assert set(source.files) == {1, 5}
+    source.fetcher.plan("stream", [])
+    assert set(source.fetcher.files) == {1, 5}
     opened = {Path(file.path).stem for file in psutil.Process().open_files()}
     assert opened & {shard.sha256 for shard in source.shards} == {source.shards[number].sha256 for number in (1, 5)}
     fetched = len(requests)
     source.read(np.array([[1, 0], [5, 7]]), np.zeros((2, 8, 8, 1), np.uint8))
-    assert [path.rpartition(".")[2] for path, _, _ in requests[fetched:]] == ["offsets"] * 2
+    assert requests[fetched:] == []
 
 
-def test_a_damaged_copy_is_fetched_again_and_a_damaged_store_refused(small, tmp_path, caplog):
+@pytest.mark.parametrize("part", ["the first sample", "where the second begins", "a checksum"])
+def test_a_damaged_copy_is_fetched_again_and_a_damaged_store_refused(small, tmp_path, caplog, part):
     remote = copied(small, "memory://damaged")
     cached, expected = tmp_path / "cache" / "aaae_dist", read_all(reader(small))
     settings = {"cache": str(tmp_path / "cache")}
     source = reader(remote, **settings)
-    source.plan("test", list(range(10)))
-    with source.changed:
-        assert source.changed.wait_for(lambda: len(source.files) == 10, timeout=20)
-    for path in cached.glob("*.tar"):
-        path.write_bytes(path.read_bytes()[:600] + b"x" + path.read_bytes()[601:])  # in the first sample
+    source.fetcher.plan("test", list(range(10)))
+    with source.fetcher.changed:
+        assert source.fetcher.changed.wait_for(lambda: len(source.fetcher.files) == 10, timeout=20)
+    for shard in source.shards:
+        path = cached / f"{shard.sha256}.tar"
+        content = bytearray(path.read_bytes())
+        content[{"the first sample": 600, "where the second begins": shard.bytes + 7, "a checksum": -4}[part]] ^= 0x81
+        path.write_bytes(content)
     assert read_all(reader(remote, **settings)) == expected
-    assert sum("is damaged; fetched again" in message for message in caplog.messages) == 10
+    assert len({message for message in caplog.messages if "is damaged; fetched again" in message}) == 10
     for number in range(10):
         storage.write(f"{remote}/train-{number:06d}.tar", bytes(storage.listing(small)[f"train-{number:06d}.tar"]))
     with refused(rf"{remote}/train-\d+\.tar: (sample 0 .* is not what was indexed|its sha256 is not the index's)"):

@@ -14,8 +14,8 @@ PACKAGE = Path(__file__).parent.parent / "aaae_dist"
 ORDER = (  # a module imports only from those before it
     *("errors", "storage", "config", "arguments", "stopping", "distributed", "randomness", "schedule", "losses"),
     *("networks", "aaae", "baselines", "progress", "passes", "images", "tars", "shards", "archives", "formats"),
-    *("names", "sources", "preparation", "indexing", "inspection", "order", "cache", "reader", "workers", "data"),
-    *("quarantine", "augmentation", "metrics", "inference", "evaluation", "checkpoint", "compatibility"),
+    *("names", "sources", "preparation", "indexing", "inspection", "order", "cache", "fetching", "reader", "workers"),
+    *("data", "quarantine", "augmentation", "metrics", "inference", "evaluation", "checkpoint", "compatibility"),
     *("tracking", "interval", "training", "cli"),
 )
 TREES = {path.stem: ast.parse(path.read_text()) for path in sorted(PACKAGE.glob("*.py"))}

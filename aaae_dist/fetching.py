@@ -1,0 +1,236 @@
+"""The bytes of samples, by their place: from a disk of this node, the node's cache, or the store."""
+
+import logging
+import os
+import resource
+import threading
+import zlib
+from collections import deque
+from collections.abc import Container, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+
+from aaae_dist import storage
+from aaae_dist.cache import Cache
+from aaae_dist.config import Data
+from aaae_dist.errors import UserError
+from aaae_dist.shards import Shard
+from aaae_dist.shards import place as url_of
+from aaae_dist.tars import Offsets, load_offsets, size_of_offsets
+
+log = logging.getLogger(__name__)
+
+Place = tuple[int, int]  # of a sample: its shard's number, and its own number in the shard
+
+REQUESTS = 32  # at a time, for single samples
+DOWNLOADS = 4  # at a time, of whole shards
+
+
+class Opened:
+    """A file that is closed when its last user lets go of it."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+
+    def __del__(self) -> None:
+        os.close(self.descriptor)
+
+
+class Fetcher:
+    """Bytes of samples of some shards. Safe to use from several threads.
+
+    Local shards are read where they are. Those of a store are fetched whole, ahead of their use as `plan` says, into
+    the node's cache; until one is there, and if the cache cannot hold it, its samples are fetched one by one. Every
+    sample's bytes are checked against the checksum that was made when it was written.
+    """
+
+    def __init__(self, url: str, shards: Sequence[Shard], data: Data) -> None:
+        """Nothing is opened or fetched yet.
+
+        Args:
+            url: of the data set, below which the shards are.
+            data: says where the cache is and how large, and for how long a failing store is asked again.
+        """
+        self.url, self.shards, self.patience = url, shards, data.patience
+        self.urls = [url_of(url, shard.url) for shard in shards]
+        self.local = [storage.is_local(url) for url in self.urls]
+        home = Path(data.cache or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        self.cache = Cache(home / "aaae_dist", limit=int(data.cache_gb * 1e9))
+
+        self.files: dict[int, Opened] = {}  # opened shards
+        self.offsets: dict[int, Offsets] = {}
+        self.locks = [threading.Lock() for _ in shards]
+        if any(self.local):
+            allow_open_files(len(shards))
+        self.requests = ThreadPoolExecutor(REQUESTS, thread_name_prefix="samples")
+
+        self.plans: dict[str, list[int]] = {}
+        self.underway: set[int] = set()
+        self.downloads = 0  # threads at work
+        self.asking = 0  # threads that wait for single samples
+        self.changed = threading.Condition()
+        self.failure: UserError | None = None
+
+    def chunks(self, places: Sequence[Place]) -> dict[Place, bytes]:
+        """The bytes of samples; those that are to be fetched, many at a time.
+
+        Raises:
+            UserError: the store fails, or they are not what the index promises.
+        """
+        if self.failure:
+            raise self.failure
+        unknown = {shard for shard, _ in places if shard not in self.offsets}
+        deque(self.requests.map(self.load_offsets, unknown), maxlen=0)
+        there = {place: self.chunk(place) for place in places if place[0] in self.files or self.file(place[0])}
+        missing = [place for place in places if place not in there]
+        if not missing:
+            return there
+        with self.changed:
+            self.asking += 1
+        try:
+            return there | dict(zip(missing, self.requests.map(self.chunk, missing), strict=True))
+        finally:
+            with self.changed:
+                self.asking -= 1
+                self.changed.notify_all()
+
+    def chunk(self, place: Place) -> bytes:
+        """The bytes of a sample's members, as they lie in the tar.
+
+        Raises:
+            UserError: the store fails, or they are not what the index promises.
+        """
+        shard, number = place
+        offsets = self.offsets.get(shard) or self.load_offsets(shard)
+        start, stop = offsets.span(number)
+        file = self.files.get(shard) or self.file(shard)
+        data = os.pread(file.descriptor, stop - start, start) if file else self.stored(shard, start, stop)
+        if zlib.crc32(data) == offsets.checksums[number]:
+            return data
+        if not self.local[shard]:
+            self.drop_copy(shard)
+            offsets = load_offsets(self.stored_offsets(shard), samples=self.shards[shard].samples)
+            start, stop = offsets.span(number)
+            data = self.stored(shard, start, stop)
+            if zlib.crc32(data) == offsets.checksums[number]:
+                self.offsets[shard] = offsets
+                return data
+        raise UserError(
+            f"{self.urls[shard]}: sample {number} (bytes {start} to {stop}) is not what was indexed; it was damaged "
+            "or replaced: prepare the data set anew"
+        )
+
+    def stored(self, shard: int, start: int, stop: int) -> bytes:
+        """A part of a shard, from the store."""
+        return storage.read(self.urls[shard], start, stop, patience=self.patience)
+
+    def load_offsets(self, shard: int) -> Offsets:
+        """Where the samples of a shard lie, as its cached copy says, or the store."""
+        copy, about = None if self.local[shard] else self.file(shard), self.shards[shard]
+        with self.locks[shard]:
+            if shard in self.offsets:
+                return self.offsets[shard]
+            if copy:
+                data = os.pread(copy.descriptor, size_of_offsets(about.samples), about.bytes)
+            else:
+                data = self.stored_offsets(shard)
+            with suppress(ValueError):
+                self.offsets[shard] = load_offsets(data, samples=about.samples)
+                return self.offsets[shard]
+        self.drop_copy(shard)
+        return self.load_offsets(shard)
+
+    def stored_offsets(self, shard: int) -> bytes:
+        """The file of offsets that lies beside a shard."""
+        url, samples = url_of(self.url, self.shards[shard].offsets), self.shards[shard].samples
+        data = storage.read(url, 0, size_of_offsets(samples) + 1, patience=self.patience)
+        try:
+            load_offsets(data, samples=samples)
+        except ValueError as error:
+            raise UserError(f"{url}: {error}; it was damaged or replaced: prepare the data set anew") from None
+        return data
+
+    def drop_copy(self, shard: int) -> None:
+        """Forget a shard's copy in the cache, and what it told."""
+        if self.files.pop(shard, None):
+            log.warning("%s: its copy in %s is damaged; fetched again", self.urls[shard], self.cache.folder)
+            self.cache.drop(self.shards[shard])
+            self.offsets.pop(shard, None)
+
+    def file(self, shard: int) -> Opened | None:
+        """A shard that is on a disk of this node, opened; none if it is to be fetched."""
+        with self.locks[shard], storage.explained(self.urls[shard]):
+            if file := self.files.get(shard):
+                return file
+            if self.local[shard]:
+                descriptor = os.open(storage.local_path(self.urls[shard]), os.O_RDONLY)
+            elif (descriptor := self.cache.get(self.shards[shard])) is None:
+                return None
+            self.files[shard] = file = Opened(descriptor)
+            return file
+
+    # --- shards ahead of their use
+
+    def plan(self, user: str, shards: Sequence[int]) -> None:
+        """Say which shards `user` will need, the first first; those that no user needs any more are let go."""
+        with self.changed:
+            self.plans[user] = [shard for shard in shards if not self.local[shard]]
+            planned = self.planned()
+            self.let_go(planned)
+            self.changed.notify_all()
+            for _ in range(min(DOWNLOADS, len(planned)) - self.downloads):
+                threading.Thread(target=self.bring, name="shards", daemon=True).start()
+                self.downloads += 1
+
+    def let_go(self, planned: Container[int]) -> None:
+        """Close the other cached shards, so that they can make room, when their last users are done with them."""
+        for shard in [shard for shard in self.files if not self.local[shard] and shard not in planned]:
+            del self.files[shard]
+
+    def planned(self) -> dict[int, None]:
+        return dict.fromkeys(shard for plan in self.plans.values() for shard in plan)
+
+    def bring(self) -> None:
+        """Fetch planned shards until all are there."""
+        while (shard := self.next_missing()) is not None:
+            file = None
+            try:
+                with self.changed:  # someone waits for single samples: these go first
+                    self.changed.wait_for(lambda: not self.asking, timeout=1.0)
+                file = self.cache.fetch(
+                    self.urls[shard],
+                    self.shards[shard],
+                    partial(self.stored_offsets, shard),
+                    patience=self.patience,
+                )
+            except UserError as error:
+                self.failure = error
+            with self.changed:
+                self.underway.discard(shard)
+                if file is None:
+                    self.changed.wait(1.0)  # for room, or for the process that is at it
+                elif shard in self.planned():
+                    self.files[shard] = Opened(file)
+                else:
+                    os.close(file)
+                self.changed.notify_all()
+
+    def next_missing(self) -> int | None:
+        """The planned shard that a thread is to fetch; none when its work is done."""
+        with self.changed:
+            missing = (s for s in self.planned() if s not in self.files and s not in self.underway)
+            shard = None if self.failure else next(missing, None)
+            if shard is None:
+                self.downloads -= 1
+            else:
+                self.underway.add(shard)
+            return shard
+
+
+def allow_open_files(count: int) -> None:
+    """Raise this process's soft limit of open files, often 1,024, if a reader of so many shards may need more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and 2 * count + 256 > soft:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
