@@ -184,7 +184,13 @@ def check(index: Index, *, data: Data, url: str, split: str) -> None:
 
 def refuse_incomplete(url: str, shards: Sequence[Shard]) -> None:
     """Raise a UserError unless all shards are there, as long as the index says, as far as one listing tells."""
-    there = storage.listing(url) if not url.startswith(("http://", "https://")) else {}  # a web page is no listing
+    there: dict[str, int] = {}
+    if not url.startswith(("http://", "https://")):  # a web page is no listing
+        try:
+            there = storage.listing(url)
+        except UserError as problem:
+            if not isinstance(problem.__cause__, PermissionError):  # who may read need not be allowed to list
+                raise
     chosen = [shard for shard in shards if there and "/" not in shard.url]
     if missing := [shard.url for shard in chosen if shard.url not in there]:
         raise UserError(

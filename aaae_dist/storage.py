@@ -2,7 +2,8 @@
 
 A file appears whole or not at all. What a store may recover from, such as a lost connection or "slow down", is tried
 again for a while; whatever remains wrong is one line that names the URL. Credentials come from where the client library
-usually finds them (for s3:// the AWS variables and files) and are never part of a message.
+usually finds them (for s3:// the AWS variables and files; none if AWS_NO_SIGN_REQUEST is true) and are never part of a
+message.
 """
 
 import errno
@@ -52,7 +53,7 @@ def filesystem(protocol: str, pid: int) -> fsspec.AbstractFileSystem:
     del pid
     options: dict[str, Any] = {}
     if protocol in ("s3", "s3a"):
-        options = S3_OPTIONS
+        options = S3_OPTIONS | {"anon": os.environ.get("AWS_NO_SIGN_REQUEST", "").lower() in ("1", "true", "yes")}
     elif protocol in ("http", "https"):
         import aiohttp  # a fifth of a second, which no other command should wait
 
@@ -103,7 +104,10 @@ def reason(error: BaseException) -> str:
     """What a storage error means to a user, with the remedy."""
     name, text, code = type(error).__name__, one_line(error), getattr(error, "errno", None)
     if name == "NoCredentialsError":
-        return "no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or a role"
+        return (
+            "no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or a role; for a public "
+            "bucket, AWS_NO_SIGN_REQUEST=true"
+        )
     if isinstance(error, PermissionError) or "InvalidAccessKeyId" in text or "SignatureDoesNotMatch" in text:
         return "access denied; check the credentials and the permissions of this URL"
     response = getattr(error.__cause__, "response", {})  # of botocore; some stores send a code and no message

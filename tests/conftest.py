@@ -16,6 +16,7 @@ import pytest
 import s3fs
 import servers
 import webdataset
+from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
 
 from aaae_dist import storage
@@ -168,3 +169,23 @@ def refused(line: str) -> Iterator[pytest.ExceptionInfo[UserError]]:
     with pytest.raises(UserError, match=f"^{line}") as caught:
         yield caught
     assert "\n" not in str(caught.value)
+
+
+def copied(folder: str, url: str) -> str:
+    """A folder's files below another URL; that URL."""
+    for path in Path(folder).iterdir():
+        storage.write(f"{url}/{path.name}", path.read_bytes())
+    return url
+
+
+@pytest.fixture
+def requests(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, int]]:
+    """Every request to the store: path, first byte, byte after the last."""
+    made, original = [], MemoryFileSystem.cat_file
+
+    def cat_file(self, path, start=None, end=None, **options):
+        made.append((path, start, end))
+        return original(self, path, start=start, end=end, **options)
+
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", cat_file)
+    return made

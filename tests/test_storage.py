@@ -7,8 +7,10 @@ import threading
 import traceback
 from pathlib import Path
 
+import boto3
 import pytest
 import s3fs
+import servers
 from conftest import forget_clients, refused
 
 from aaae_dist import storage
@@ -157,12 +159,47 @@ def test_whatever_else_goes_wrong_is_one_line(tmp_path):
         raise RuntimeError("two\n  lines\n")
 
 
+def test_endpoint_and_credentials_may_come_from_a_profile(s3, monkeypatch, tmp_path):
+    storage.write(f"{s3}/file", b"something")
+    own = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION")
+    key, secret, endpoint, region = (os.environ[name] for name in own)
+    for name in own:
+        monkeypatch.delenv(name)
+    credentials, config = tmp_path / "credentials", tmp_path / "config"
+    credentials.write_text(f"[lab]\naws_access_key_id = {key}\naws_secret_access_key = {secret}\n")
+    config.write_text(f"[profile lab]\nendpoint_url = {endpoint}\nregion = {region}\n")
+    for name, value in {"CONFIG_FILE": config, "SHARED_CREDENTIALS_FILE": credentials, "PROFILE": "lab"}.items():
+        monkeypatch.setenv(f"AWS_{name}", str(value))
+    forget_clients()
+    assert storage.read(f"{s3}/file") == b"something"
+
+
+def test_a_public_bucket_needs_no_credentials(s3, monkeypatch):
+    if not servers.ceph_is_installed():
+        (pytest.fail if os.environ.get("CI") else pytest.skip)("Ceph is not installed, and moto has no public buckets")
+    storage.write(f"{s3}/file", b"something")
+    client, bucket = boto3.client("s3"), s3.removeprefix("s3://")
+    client.put_bucket_acl(Bucket=bucket, ACL="public-read")
+    client.put_object_acl(Bucket=bucket, Key="file", ACL="public-read")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    for value, expected in {"": False, "YES": True}.items():
+        monkeypatch.setenv("AWS_NO_SIGN_REQUEST", value)
+        forget_clients()
+        if expected:
+            assert (storage.read(f"{s3}/file"), storage.listing(s3)) == (b"something", {"file": 9})
+        else:
+            with refused(f"{s3}/file: no credentials"):
+                storage.read(f"{s3}/file")
+
+
 FAULTS = {
     "wrong secret": ({"AWS_SECRET_ACCESS_KEY": "hush" * 10}, DENIED),
     "unknown key": ({"AWS_ACCESS_KEY_ID": "AKIAHUSHHUSHHUSHHUSH"}, DENIED),
     "no credentials": (
         {"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""},
-        "no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or a role",
+        "no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or a role; for a public bucket, "
+        "AWS_NO_SIGN_REQUEST=true",
     ),
     "closed port": (
         {"AWS_ENDPOINT_URL": "http://127.0.0.1:9"},

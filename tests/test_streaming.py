@@ -6,11 +6,10 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import islice
-from pathlib import Path
 
 import pytest
 import servers
-from conftest import forget_clients, noise, prepared
+from conftest import copied, forget_clients, noise, prepared
 from faults import FaultProxy, Faults
 from test_data import assert_same, reader
 from test_training import launched
@@ -27,12 +26,6 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A data set of 2,000 samples in 20 shards, on disk."""
     prepared(noise(2010), out := tmp_path_factory.mktemp("local"), channels=1, held_out=10, samples_per_shard=100)
     return str(out)
-
-
-def copied(local: str, url: str) -> str:
-    for path in Path(local).iterdir():
-        storage.write(f"{url}/{path.name}", path.read_bytes())
-    return url
 
 
 @contextmanager
