@@ -57,7 +57,8 @@ def filesystem(protocol: str, pid: int) -> fsspec.AbstractFileSystem:
     elif protocol in ("http", "https"):
         import aiohttp  # a fifth of a second, which no other command should wait
 
-        options = {"client_kwargs": {"timeout": aiohttp.ClientTimeout(sock_connect=5, sock_read=SILENCE)}}
+        timeout = aiohttp.ClientTimeout(sock_connect=5, sock_read=SILENCE)
+        options = {"client_kwargs": {"timeout": timeout, "trust_env": True}}  # proxies, and passwords of ~/.netrc
     try:
         found = fsspec.filesystem(protocol, **options)
         if protocol in ("s3", "s3a"):
@@ -70,7 +71,16 @@ def filesystem(protocol: str, pid: int) -> fsspec.AbstractFileSystem:
 
 
 def locate(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """The filesystem of a URL and the path on it."""
+    """The filesystem of a URL and the path on it.
+
+    Raises:
+        UserError: the URL holds a password, or nothing here knows its protocol.
+    """
+    if secret := re.match(r"([\w+.-]+://)[^/@:]*:(?!\d+/)[^@]*@", url):
+        raise UserError(
+            f"{secret[1]}***@{url[secret.end() :]}: a password in a URL ends up in logs and files; take it out and "
+            "put it where the store's client looks: the AWS variables for s3://, ~/.netrc for http://"
+        )
     protocol = split_protocol(url)[0] or "file"
     found = filesystem(protocol, os.getpid())
     return found, str(found._strip_protocol(url))
@@ -108,7 +118,8 @@ def reason(error: BaseException) -> str:
             "no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or a role; for a public "
             "bucket, AWS_NO_SIGN_REQUEST=true"
         )
-    if isinstance(error, PermissionError) or "InvalidAccessKeyId" in text or "SignatureDoesNotMatch" in text:
+    refused = isinstance(error, PermissionError) or getattr(error, "status", None) in (401, 403)  # the latter aiohttp's
+    if refused or "InvalidAccessKeyId" in text or "SignatureDoesNotMatch" in text:
         return "access denied; check the credentials and the permissions of this URL"
     response = getattr(error.__cause__, "response", {})  # of botocore; some stores send a code and no message
     stated = response.get("Error", {}).get("Code", "") if isinstance(response, dict) else ""

@@ -14,12 +14,14 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from itertools import cycle
-from typing import Any, NamedTuple
+from queue import SimpleQueue
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 from jaxtyping import UInt8
@@ -168,7 +170,14 @@ class Crew:
             worker.communicate()
 
 
-def work() -> None:
+def listen(messages: SimpleQueue[str]) -> None:
+    """Hand on what the trainer says. When it is gone, so is this process, even amid a fetch from a failing store."""
+    for line in sys.stdin:
+        messages.put(line)
+    os._exit(0)
+
+
+def work() -> NoReturn:
     """The life of a worker."""
     logging.basicConfig(stream=sys.stderr, format="aaae data worker: %(message)s", level=logging.WARNING)
     logging.getLogger("aaae_dist.reader").setLevel(logging.ERROR)  # bad samples are told of in the answers
@@ -179,8 +188,10 @@ def work() -> None:
         for each in setup["sets"]
     ]
     met: list[set[Place]] = [set() for _ in readers]
-    for line in sys.stdin:
-        message = json.loads(line)
+    messages: SimpleQueue[str] = SimpleQueue()
+    threading.Thread(target=listen, args=[messages], daemon=True).start()
+    while True:
+        message = json.loads(messages.get())
         if "plans" in message:
             for number, shards in message["plans"].items():
                 readers[int(number)].fetcher.let_go(shards)

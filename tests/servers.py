@@ -276,9 +276,9 @@ class RangeHandler(SimpleHTTPRequestHandler):
 
 
 @contextmanager
-def files(folder: Path) -> Iterator[str]:
+def files(folder: Path, handler: type[SimpleHTTPRequestHandler] = RangeHandler) -> Iterator[str]:
     """The URL of an HTTP server of this folder."""
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(RangeHandler, directory=str(folder))) as server:
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=str(folder))) as server:
         server.daemon_threads = True
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"

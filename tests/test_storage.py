@@ -1,5 +1,6 @@
 """Files whole or not at all, and one line for whatever goes wrong, on real disks and a real store."""
 
+import base64
 import multiprocessing
 import os
 import subprocess
@@ -191,6 +192,37 @@ def test_a_public_bucket_needs_no_credentials(s3, monkeypatch):
         else:
             with refused(f"{s3}/file: no credentials"):
                 storage.read(f"{s3}/file")
+
+
+@pytest.mark.parametrize(
+    "url", ["s3://AKIA:hush/hush@bucket/file", "http://me:hush@host/file", "http://:hush@host/a@b"]
+)
+def test_a_password_in_a_url_is_refused_and_not_repeated(url):
+    with refused(r"\w+://\*\*\*@(bucket|host)/\S+: a password in a URL") as caught:
+        storage.read(url)
+    assert "hush" not in str(caught.value)
+
+
+def test_a_web_server_may_ask_for_a_password(tmp_path, monkeypatch):
+    class Closed(servers.RangeHandler):
+        def parse_request(self) -> bool:
+            if not super().parse_request():
+                return False
+            known = self.headers["Authorization"] == "Basic " + base64.b64encode(b"me:hush").decode()
+            if not known:
+                self.send_error(401)
+            return known
+
+    (tmp_path / "file").write_bytes(b"something")
+    with servers.files(tmp_path, Closed) as url:
+        forget_clients()
+        with refused(f"{url}/file: {DENIED}$"):
+            storage.read(f"{url}/file")
+        (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password hush\n")
+        (tmp_path / "netrc").chmod(0o600)
+        monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+        forget_clients()
+        assert storage.read(f"{url}/file") == b"something"
 
 
 FAULTS = {

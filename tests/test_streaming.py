@@ -1,12 +1,17 @@
 """Streams from a real store on a bad day: nothing is lost, nothing comes twice, and nothing hangs."""
 
 import os
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import islice
+from pathlib import Path
+from typing import TypeVar
 
+import psutil
 import pytest
 import servers
 from conftest import copied, forget_clients, noise, prepared
@@ -17,6 +22,8 @@ from test_training import launched
 from aaae_dist import storage
 from aaae_dist.data import Batch, Stream
 from aaae_dist.reader import Reader
+
+Result = TypeVar("Result")
 
 ORDER = {"seed": 0, "lanes": 4, "window": 100, "batch_size": 50}
 
@@ -36,6 +43,15 @@ def through(proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
         forget_clients()
         yield
     forget_clients()
+
+
+def awaited(call: Callable[[], Result]) -> Result:
+    """What a call returns when that is something; it is asked again and again."""
+    deadline = time.monotonic() + 30
+    while not (found := call()):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return found
 
 
 def stream(source: Reader, count: int, **settings: int) -> list[Batch]:
@@ -92,6 +108,37 @@ def test_a_download_goes_on_at_the_byte_reached(s3, tmp_path, monkeypatch):
         os.close(file)
         assert proxy.counts.cuts > 0
         assert proxy.counts.sent - before < 1.5 * record.bytes
+
+
+TRAINER = """
+import sys
+from aaae_dist.config import Data
+from aaae_dist.data import Stream
+from aaae_dist.reader import Reader
+url, cache = sys.argv[1:]
+reader = Reader(Data(url=url, channels=1, size=8, cache=cache), split="train")
+reader.keep = False
+print("the index is read", flush=True)
+sys.stdin.readline()
+next(iter(Stream([reader], seed=0, lanes=4, window=100, batch_size=50, workers=1)))
+"""
+
+
+def test_a_worker_that_waits_for_a_store_ends_with_its_trainer(local, tmp_path):
+    with servers.files(Path(local)) as url, FaultProxy(url) as proxy:
+        line = [sys.executable, "-c", TRAINER, proxy.url, str(tmp_path)]
+        with subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as trainer:
+            assert trainer.stdin
+            assert trainer.stdout
+            try:
+                assert trainer.stdout.readline()
+                proxy.faults = Faults(silent=True)
+                trainer.stdin.write(b"go\n")
+                trainer.stdin.flush()
+                (worker,) = awaited(lambda: [p for p in psutil.Process(trainer.pid).children() if p.net_connections()])
+            finally:
+                trainer.kill()
+        assert psutil.wait_procs([worker], timeout=5)[1] == []
 
 
 @pytest.mark.timeout(180)
