@@ -201,8 +201,6 @@ def pieces(url: str, start: int, stop: int, *, patience: float) -> Iterator[byte
 
     while start < stop:
         found = storage.persistently(url, attempt, patience=patience)
-        if len(found) > stop - start:  # a web server that knows no ranges, and sent all
-            found = found[start:stop]
         yield found
         start += len(found)
 
@@ -211,9 +209,7 @@ def request(store: fsspec.AbstractFileSystem, path: str, start: int, stop: int) 
     """The answer to one request for a range of a file: of S3 as it comes, so that a cut loses nothing; else at once."""
     s3: Any = store if store.protocol in ("s3", ("s3", "s3a")) else None
     if s3 is None:
-        found = store.cat_file(path, start=start, end=stop)
-        assert isinstance(found, bytes)
-        yield found
+        yield storage.part(store, path, start, stop)
         return
     bucket, key, _ = s3.split_path(path)
     body = s3.call_s3("get_object", Bucket=bucket, Key=key, Range=f"bytes={start}-{stop - 1}")["Body"]

@@ -76,8 +76,8 @@ class Data(Section):
     """Folder of this node for shards fetched from an object store; empty: the user's cache folder."""
     cache_gb: Positive = 20.0
     """Gigabytes (10^9 bytes) that the cache may hold, over all runs; the least recently used shards make room."""
-    patience: Positive = 120.0
-    """Seconds for which a store that fails is asked again before the run ends."""
+    patience: Annotated[float, Field(ge=15)] = 120.0
+    """Seconds within which a store that fails must recover, or the run ends; one silent attempt takes ten of them."""
 
 
 class Model(Section):

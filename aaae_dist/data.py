@@ -1,6 +1,5 @@
 """Streams of batches: global batch t, and every rank's slice of it, in the order that `order.py` defines."""
 
-import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor
 
 from aaae_dist.errors import UserError
@@ -21,6 +20,8 @@ from aaae_dist.workers import Answer, Request, answers
 Pixels = UInt8[Tensor, "batch channels height width"]
 
 VERSION = 1  # of the state
+SHARDS_AHEAD = 4  # of those that a sweep is at
+WORTH_FETCHING = 8  # a sweep that reads fewer than one in so many samples fetches these one by one, not whole shards
 
 
 class Batch(NamedTuple):
@@ -59,7 +60,7 @@ def batch_of(answer: Answer, *, rows: int) -> Batch:
         torch.arange(len(answer.pixels)) < rows,
         told.fetching,
         told.decoding,
-        time.perf_counter(),
+        told.finished,
     )
 
 
@@ -107,8 +108,10 @@ class Stream:
             workers: processes that fetch and decode ahead; 0: it is done when a batch is asked for.
 
         Raises:
-            UserError: `batch_size` does not divide by `world`, or is too large or too small for a data set.
+            UserError: `batch_size` does not divide by `world`, or is too large or too small for a data set; or data
+                sets do not go together.
         """
+        refuse_unlike(readers)
         self.readers, self.workers = readers, workers
         self.orders = [Order(reader.counts, seed=seed, lanes=lanes, window=window) for reader in readers]
         self.batch_size, self.rows = batch_size, batch_size // world
@@ -173,6 +176,8 @@ class Stream:
         workers = 0 if all(reader.keep for reader in self.readers) else self.workers  # decoded once, there is no work
         try:
             for answer in answers(self.readers, self.requests(states), rows=self.rows, workers=workers):
+                for reader in self.readers:
+                    reader.fetcher.refuse_failure()
                 self.state = states.popleft()
                 yield batch_of(answer, rows=self.rows)
         finally:
@@ -197,7 +202,9 @@ class Stream:
                 reads.append((n, order.samples(epoch, position, position + quota, mine)))
                 if planned.get(n) != (now := (epoch, order.block(position))):
                     planned[n] = now
-                    plans[n] = shards_ahead(order, *now, (mine.start / quota, mine.stop / quota))
+                    # Only where a batch takes as much of every lane is a rank's share of it always of the same lanes.
+                    share = (mine.start / quota, mine.stop / quota) if quota % order.lanes == 0 else (0.0, 1.0)
+                    plans[n] = shards_ahead(order, *now, share)
                     self.readers[n].fetcher.plan("stream", plans[n])
             state = state | {"samples": state["samples"] + self.batch_size, "sets": sets}
             states.append(state)
@@ -213,15 +220,23 @@ def shards_ahead(order: Order, epoch: int, block: int, share: tuple[float, float
 def sweep(
     reader: Reader, *, limit: int, batch_size: int, world: int = 1, rank: int = 0, workers: int = 0
 ) -> Iterator[Batch]:
-    """The first `limit` samples exactly once over all ranks, for evaluation, cut to `data.size` in their middle.
+    """Samples of a split, each once over all ranks, for evaluation, cut to `data.size` in their middle.
 
     Every rank gets the same number of batches of `batch_size` rows; those that only fill up are masked.
+
+    Args:
+        limit: at most so many samples, spread evenly over the split: its shards may be sorted by class.
     """
-    numbers = [np.stack([np.full(count, shard), np.arange(count)], axis=1) for shard, count in enumerate(reader.counts)]
-    places = np.concatenate(numbers)[:limit]
+    places = spread(reader.counts, limit=limit)
     starts = range(rank * batch_size, -(-len(places) // (world * batch_size)) * world * batch_size, world * batch_size)
     parts = [places[start : start + batch_size] for start in starts]
-    reader.fetcher.plan("sweep", list(dict.fromkeys(shard for part in parts for shard in part[:, 0].tolist())))
+    line = np.unique(places[:, 0]) if len(places) * WORTH_FETCHING >= len(reader) else np.empty(0, np.int64)
+
+    def plan(first: int) -> None:
+        """Plan for the parts from `first` on that are read next, and a few shards after them."""
+        near = np.concatenate([places[:0], *parts[first : first + workers + 2]])[:, 0]
+        following = line[line >= near[0]] if len(near) else line[:0]
+        reader.fetcher.plan("sweep", following[: len(np.unique(near)) + SHARDS_AHEAD].tolist())
 
     def read(part: np.ndarray) -> Batch:
         pixels = np.zeros((batch_size, *reader.shape), np.uint8)
@@ -229,9 +244,34 @@ def sweep(
         return batch._replace(images=middle(batch.images, reader.data.size))
 
     try:
-        yield from ahead((lambda part=part: read(part) for part in parts), workers=workers)
+        plan(0)
+        for number, batch in enumerate(ahead((lambda part=part: read(part) for part in parts), workers=workers)):
+            yield batch
+            plan(number + 1)
     finally:
         reader.fetcher.plan("sweep", [])
+
+
+def spread(counts: Sequence[int], *, limit: int) -> Int64[np.ndarray, "n 2"]:
+    """The (shard, number) of at most `limit` samples, evenly spread over shards of so many samples."""
+    ends = np.cumsum(counts)
+    count = min(limit, int(ends[-1]))
+    numbers = np.arange(count) * int(ends[-1]) // max(count, 1)
+    shards = ends.searchsorted(numbers, side="right")
+    return np.stack([shards, numbers - (ends - counts)[shards]], axis=1)
+
+
+def refuse_unlike(readers: Sequence[Reader]) -> None:
+    """Raise a UserError unless the data sets of a mix have images of one size, and are different ones."""
+    first, *others = readers
+    for number, other in enumerate(others, start=1):
+        if other.shape != first.shape:
+            raise UserError(
+                f"data.mix {other.url}: images of {other.shape[0]} x {other.shape[1]} pixels, but {first.url} has "
+                f"{first.shape[0]} x {first.shape[1]}; prepare both in one size"
+            )
+        if same := [reader.url for reader in readers[:number] if reader.fingerprint == other.fingerprint]:
+            raise UserError(f"data.mix {other.url}: the same shards as in {same[0]}; leave one of them out")
 
 
 def middle(

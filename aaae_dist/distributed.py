@@ -57,10 +57,6 @@ def launched_world() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def launched_rank() -> int:
-    return int(os.environ.get("RANK", "0"))
-
-
 def world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 

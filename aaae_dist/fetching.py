@@ -56,14 +56,13 @@ class Fetcher:
         self.url, self.shards, self.patience = url, shards, data.patience
         self.urls = [url_of(url, shard.url) for shard in shards]
         self.local = [storage.is_local(url) for url in self.urls]
-        home = Path(data.cache or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        home = Path(data.cache or os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
         self.cache = Cache(home / "aaae_dist", limit=int(data.cache_gb * 1e9))
 
         self.files: dict[int, Opened] = {}  # opened shards
         self.offsets: dict[int, Offsets] = {}
         self.locks = [threading.Lock() for _ in shards]
-        if any(self.local):
-            allow_open_files(len(shards))
+        allow_open_files(len(shards))
         self.requests = ThreadPoolExecutor(REQUESTS, thread_name_prefix="samples")
 
         self.plans: dict[str, list[int]] = {}
@@ -79,8 +78,7 @@ class Fetcher:
         Raises:
             UserError: the store fails, or they are not what the index promises.
         """
-        if self.failure:
-            raise self.failure
+        self.refuse_failure()
         unknown = {shard for shard, _ in places if shard not in self.offsets}
         deque(self.requests.map(self.load_offsets, unknown), maxlen=0)
         there = {place: self.chunk(place) for place in places if place[0] in self.files or self.file(place[0])}
@@ -96,6 +94,11 @@ class Fetcher:
                 self.asking -= 1
                 self.changed.notify_all()
 
+    def refuse_failure(self) -> None:
+        """Raise the UserError, if any, that ended the fetching of a shard ahead of its use."""
+        if self.failure:
+            raise self.failure
+
     def chunk(self, place: Place) -> bytes:
         """The bytes of a sample's members, as they lie in the tar.
 
@@ -106,7 +109,7 @@ class Fetcher:
         offsets = self.offsets.get(shard) or self.load_offsets(shard)
         start, stop = offsets.span(number)
         file = self.files.get(shard) or self.file(shard)
-        data = os.pread(file.descriptor, stop - start, start) if file else self.stored(shard, start, stop)
+        data = self.from_disk(shard, file, start, stop) if file else self.stored(shard, start, stop)
         if zlib.crc32(data) == offsets.checksums[number]:
             return data
         if not self.local[shard]:
@@ -122,6 +125,15 @@ class Fetcher:
             "or replaced: prepare the data set anew"
         )
 
+    def from_disk(self, shard: int, file: Opened, start: int, stop: int) -> bytes:
+        """A part of a shard, from a disk; nothing, as of a damaged copy, if the cache's disk fails."""
+        try:
+            return os.pread(file.descriptor, stop - start, start)
+        except OSError as error:
+            if not self.local[shard]:
+                return b""
+            raise UserError(f"{self.urls[shard]}: {storage.reason(error)}") from error
+
     def stored(self, shard: int, start: int, stop: int) -> bytes:
         """A part of a shard, from the store."""
         return storage.read(self.urls[shard], start, stop, patience=self.patience)
@@ -133,7 +145,7 @@ class Fetcher:
             if shard in self.offsets:
                 return self.offsets[shard]
             if copy:
-                data = os.pread(copy.descriptor, size_of_offsets(about.samples), about.bytes)
+                data = self.from_disk(shard, copy, about.bytes, about.bytes + size_of_offsets(about.samples))
             else:
                 data = self.stored_offsets(shard)
             with suppress(ValueError):
@@ -186,8 +198,9 @@ class Fetcher:
 
     def let_go(self, planned: Container[int]) -> None:
         """Close the other cached shards, so that they can make room, when their last users are done with them."""
-        for shard in [shard for shard in self.files if not self.local[shard] and shard not in planned]:
-            del self.files[shard]
+        for shard in list(self.files):
+            if not self.local[shard] and shard not in planned:
+                self.files.pop(shard, None)
 
     def planned(self) -> dict[int, None]:
         return dict.fromkeys(shard for plan in self.plans.values() for shard in plan)

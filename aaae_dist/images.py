@@ -24,14 +24,7 @@ def decode(data: bytes) -> np.ndarray:
         image = Image.open(io.BytesIO(data))
         if image.width * image.height > LARGEST:
             raise ValueError(f"{image.width} x {image.height} pixels, more than {LARGEST:,}")
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I;16"):  # PIL would clip the values above 255
-            return (np.asarray(image) >> 8).astype(np.uint8)
-        if image.mode in ("I", "F"):
-            raise ValueError("values of 32 bits, whose range nobody knows")
-        if image.mode == "P":
-            image = image.convert("RGBA")  # straight to RGB, PIL would warn of the alpha
-        return np.asarray(image.convert("L" if image.mode in ("1", "L", "LA") else "RGB"))
+        return np.asarray(eight_bits(ImageOps.exif_transpose(image)))
     except Exception as error:  # at damaged metadata PIL lets struct.error, TypeError, AttributeError and more through
         raise ValueError(storage.one_line(error)) from error
 
@@ -53,9 +46,28 @@ def decode_into(pixels: UInt8[np.ndarray, "height width channels"], data: bytes)
     try:
         image = Image.open(io.BytesIO(data))
         refuse_other_size(image.size, (width, height))
-        pixels[:] = np.asarray(image.convert("L" if channels == 1 else "RGB")).reshape(pixels.shape)
+        pixels[:] = np.asarray(eight_bits(image).convert("L" if channels == 1 else "RGB")).reshape(pixels.shape)
     except Exception as error:  # as in `decode`
         raise ValueError(storage.one_line(error)) from error
+
+
+def eight_bits(image: Image.Image) -> Image.Image:
+    """An image as L if it is grey, else as RGB.
+
+    Raises:
+        ValueError: its values have no range that anybody knows.
+    """
+    if image.mode.startswith("I;16"):  # PIL would clip the values above 255
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError("values of 32 bits, whose range nobody knows")
+    if image.mode == "P":
+        image = image.convert("RGBA")  # straight to RGB, PIL would warn of the alpha
+    return image.convert("L" if is_grey(image) else "RGB")
+
+
+def is_grey(image: Image.Image) -> bool:
+    return image.mode in ("1", "L", "LA") or image.mode.startswith("I;16")
 
 
 def refuse_other_size(found: tuple[int, ...], expected: tuple[int, int]) -> None:

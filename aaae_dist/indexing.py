@@ -11,6 +11,7 @@ from PIL import Image
 
 from aaae_dist import storage
 from aaae_dist.errors import UserError
+from aaae_dist.images import is_grey
 from aaae_dist.names import files_below
 from aaae_dist.passes import Pass
 from aaae_dist.preparation import HELD_OUT, hold_out, put
@@ -19,7 +20,6 @@ from aaae_dist.tars import Offsets, read_sample, scan
 
 log = logging.getLogger(__name__)
 
-GREY = ("1", "L", "LA")  # modes of PIL
 MOST_CLASSES = 1 << 16
 
 
@@ -138,7 +138,7 @@ def survey(data: bytes, *, place: str) -> Survey:
         try:
             with Image.open(io.BytesIO(image_of(members))) as image:
                 sizes.setdefault(image.size, key)
-                grey = grey and image.mode in GREY
+                grey = grey and is_grey(image)
         except Exception as error:  # at damaged files PIL lets struct.error, TypeError and more through
             bad.append(f"{place} {key}: {storage.one_line(error)}")
     labels = {members[LABEL].strip() for members in samples if LABEL in members}

@@ -20,11 +20,7 @@ class Interval:
         self.networks = networks
         self.reports: dict[str, Float[Tensor, ""]] = {}
         self.forwards, self.steps, self.began = 0, 0, time.perf_counter()
-        self.waits = [
-            0.0,
-            0.0,
-            0.0,
-        ]  # seconds for bytes to be fetched, to be decoded, and for batches to be handed over
+        self.waits = [0.0, 0.0, 0.0]  # seconds for bytes to be fetched, decoded, and handed over
         self.norms = torch.zeros(len(networks), dtype=torch.float64, device=device)
         self.codes = RunningMoments(code_size, device)
 

@@ -14,17 +14,18 @@ class Quarantine:
 
     def __init__(self, run: str) -> None:
         self.url = storage.join(run, QUARANTINE)
-        lines = storage.read(self.url).decode().splitlines() if storage.exists(self.url) else []
-        self.samples = dict.fromkeys(Bad(**json.loads(line)) for line in lines)
+        lines = storage.read(self.url).decode().split("\n") if storage.exists(self.url) else []
+        self.samples = dict.fromkeys(Bad(**json.loads(line)) for line in lines if line)
 
     def add(self, samples: Iterable[Bad]) -> None:
         """List samples, each once."""
         known = len(self.samples)
         self.samples |= dict.fromkeys(samples)
         if len(self.samples) > known and distributed.rank() == 0:
-            lines = (json.dumps(sample._asdict(), ensure_ascii=False) for sample in self.samples)
+            lines = (json.dumps(sample._asdict()) for sample in self.samples)
             storage.write(self.url, "".join(f"{line}\n" for line in lines).encode())
 
     def of(self, shards: Collection[str]) -> list[Bad]:
         """Those that lie in one of these shards."""
-        return [sample for sample in self.samples if sample.shard in set(shards)]
+        among = set(shards)
+        return [sample for sample in self.samples if sample.shard in among]

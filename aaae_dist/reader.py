@@ -24,12 +24,15 @@ FORGIVEN = 10  # unreadable samples that stop no run, however small the data set
 
 
 class Told(NamedTuple):
-    """What is told of decoded samples, and the seconds that it took to get their bytes and to decode them."""
+    """What is told of decoded samples; the seconds that it took to get their bytes and to decode them, and the time,
+    by the machine's `time.perf_counter()`, when that was done.
+    """
 
     keys: list[str]
     labels: list[int | None]
     fetching: float
     decoding: float
+    finished: float
 
 
 class Bad(NamedTuple):
@@ -104,7 +107,8 @@ class Reader:
                     self.kept[place] = row.copy(), key, label
             keys.append(key)
             labels.append(label)
-        return Told(keys, labels, fetched - began, time.perf_counter() - fetched)
+        finished = time.perf_counter()
+        return Told(keys, labels, fetched - began, finished - fetched, finished)
 
     # --- from bytes to pixels
 

@@ -75,8 +75,6 @@ def scan(data: bytes) -> tuple[Offsets, list[str]]:
                 end = member.offset_data + -(-member.size // BLOCK) * BLOCK
     except tarfile.TarError as error:
         raise ValueError(f"not a tar file: {error}") from None
-    if end > len(data):
-        raise ValueError(f"cut short: {len(data)} bytes, but its last member ends at {end}")
     bounds = [*starts, end]
     checksums = [zlib.crc32(data[a:b]) for a, b in pairwise(bounds)]
     return Offsets([bound // BLOCK for bound in bounds], checksums), keys
@@ -94,8 +92,11 @@ def read_sample(data: bytes) -> tuple[str, dict[str, bytes]]:
         # A plain header by hand, a twentieth of what tarfile takes for it: that is more than decoding a small JPEG.
         if data[at + 156] not in PLAIN or data[at + 345]:  # long or foreign names, folders, links
             return read_any_sample(data)
-        size = int(data[at + 124 : at + 135], 8)
-        key, extension = split_name(data[at : data.index(0, at, at + 101)].decode())
+        try:
+            size = int(data[at + 124 : at + 135], 8)
+            key, extension = split_name(data[at : at + 100].partition(b"\0")[0].decode())
+        except ValueError:
+            return read_any_sample(data)
         at += BLOCK
         if key == (first or key) and extension:
             first = key

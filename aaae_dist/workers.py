@@ -61,6 +61,7 @@ def read(readers: Sequence[Reader], request: Request, pixels: np.ndarray) -> Tol
         [label for part in told for label in part.labels],
         sum(part.fetching for part in told),
         sum(part.decoding for part in told),
+        told[-1].finished,
     )
 
 
