@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -232,6 +233,27 @@ def test_a_dead_worker_is_one_line(many):
             next(stream)
 
 
+def test_batches_larger_than_a_pipe(tmp_path):
+    """Keys and places of 3,000 samples take more than the 64 KiB that a pipe holds while its reader does something."""
+    pixels = np.zeros((8, 8), np.uint8)
+    source = Source([f"{i:064d}" for i in range(3_030)], lambda _: pixels, size=8, channels=1)
+    prepared(source, tmp_path, held_out=30, samples_per_shard=1_000)
+    expected, _ = read(reader(str(tmp_path)), 6, batch_size=2_992)
+    assert_same(read(reader(str(tmp_path), keep=False), 6, batch_size=2_992, workers=1)[0], expected)
+
+
+def test_a_batch_that_lies_ready_says_since_when(many):
+    stream = iter(Stream([reader(many, keep=False)], **USUAL, workers=1))
+    for _ in range(100):
+        began = time.perf_counter()
+        if next(stream).finished < began:  # the time by which it then came late is none of the worker's
+            break
+        time.sleep(0.05)
+    else:
+        pytest.fail("no batch was ever finished before it was asked for")
+    stream.close()
+
+
 def test_memory_does_not_grow_over_epochs(tmp_path):
     """100 batches of 1.2 MB; what is held is a few of them."""
     pixels = np.random.default_rng(0).integers(0, 256, (50, 64, 64, 3), dtype=np.uint8)
@@ -285,12 +307,35 @@ def test_a_mix_is_the_same_for_any_ranks_and_from_any_sample_on(mixed, world):
         assert later == states[after:]
 
 
+def test_data_sets_that_do_not_go_together_are_one_line(mixed, digits, tmp_path):
+    larger = Source([f"{i}" for i in range(40)], lambda _: np.zeros((12, 12), np.uint8), size=12, channels=1)
+    prepared(larger, tmp_path)
+    sets = [mixed[1], reader(str(tmp_path), crop=True)]
+    with refused(rf"data\.mix {tmp_path}: images of 12 x 12 pixels, but {digits} has 8 x 8; prepare both in one size"):
+        Stream(sets, weights=(1.0, 1.0), **USUAL)
+    with refused(rf"data\.mix {digits}/: the same shards as in {digits}; leave one of them out"):
+        Stream([mixed[1], reader(f"{digits}/")], weights=(1.0, 1.0), **USUAL)
+
+
 def test_a_weight_too_small_for_a_batch_is_one_line(mixed):
     with refused(r"data\.mix: the smallest weight gives 0\.24 of the 24 images of a batch; raise it, or"):
         Stream(mixed, weights=(99.0, 1.0), **USUAL)
 
 
 # --- sweeps
+
+
+@pytest.mark.parametrize("limit", [1, 7, 50, 199, 200, 1000])
+def test_a_sweep_is_spread_over_the_split(many, limit):
+    """No shard gives two samples more than another; each comes once, in their order."""
+    source = reader(many)
+    keys = next(sweep(source, limit=limit, batch_size=200)).keys[:limit]
+    every = next(sweep(source, limit=200, batch_size=200)).keys
+    chosen = [every.index(key) for key in keys if key]
+    assert len(chosen) == min(limit, 200)
+    assert chosen == sorted(set(chosen))
+    shares = np.bincount(np.array(chosen) // 20, minlength=10)
+    assert shares.max() - shares.min() <= 1
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])

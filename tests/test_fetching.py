@@ -1,7 +1,13 @@
 """Bytes of samples: whatever the cache holds, whatever was damaged, whoever may look."""
 
+import errno
+import json
 import os
+import resource
+from collections import deque
 from collections.abc import Iterator
+from http.server import SimpleHTTPRequestHandler
+from itertools import islice
 from pathlib import Path
 
 import boto3
@@ -15,6 +21,9 @@ from test_data import read as read_stream
 from test_reader import read_all, reader
 
 from aaae_dist import storage
+from aaae_dist.data import Stream, sweep
+from aaae_dist.order import Order
+from aaae_dist.shards import INDEX
 
 
 @pytest.fixture
@@ -93,6 +102,108 @@ def test_a_damaged_copy_is_fetched_again_and_a_damaged_store_refused(small, tmp_
     with refused(rf"{remote}/train-\d+\.tar: (sample 0 .* is not what was indexed|its sha256 is not the index's)"):
         read_all(reader(remote, cache=str(tmp_path / "other")))
     assert not list((tmp_path / "other").rglob("*.tar"))
+
+
+@pytest.mark.parametrize("cache_gb", [1.0, 1e-9])
+def test_a_web_server_that_knows_no_ranges(small, tmp_path, cache_gb):
+    with servers.files(Path(small), SimpleHTTPRequestHandler) as url:
+        source = reader(url, cache=str(tmp_path / "cache"), cache_gb=cache_gb)
+        assert read_all(source) == read_all(reader(small))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_shard_that_is_not_the_index_s_ends_the_stream(small, tmp_path, workers):
+    """Its samples are what their checksums say; the shard is not."""
+    with servers.files(Path(small)) as url:
+        index = json.loads((Path(small) / INDEX).read_text())
+        for shard in index["shards"]:
+            shard["sha256"] = shard["sha256"][::-1]
+        storage.write_json(f"{small}/{INDEX}", index)
+        source = reader(url, cache=str(tmp_path / "cache"))
+        source.keep = False
+        with refused(rf"{url}/train-\d+\.tar: its sha256 is not the index's"):
+            for _ in Stream([source], seed=0, lanes=4, window=8, batch_size=4, workers=workers):
+                pass
+
+
+def test_a_disk_that_fails(small, tmp_path, monkeypatch):
+    """A local data set ends the run; a cached copy is as good as a damaged one."""
+    expected, remote = read_all(reader(small)), copied(small, "memory://disk")
+    source = reader(remote, cache=str(tmp_path / "cache"))
+    source.fetcher.plan("test", list(range(10)))
+    with source.fetcher.changed:
+        assert source.fetcher.changed.wait_for(lambda: len(source.fetcher.files) == 10, timeout=20)
+
+    def broken(*_: int) -> bytes:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "pread", broken)
+    assert read_all(source) == expected
+    with refused(rf"{small}/train-\d+\.tar: .*Input/output error; check"):
+        read_all(reader(small))
+
+
+def test_there_may_be_more_shards_than_files_a_process_may_usually_open(small):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (270, hard))
+        reader(copied(small, "memory://files"))  # 10 shards
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] >= 276
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+# --- plans
+
+
+@pytest.mark.parametrize(("batch_size", "world"), [(16, 2), (16, 4), (8, 4), (24, 2), (24, 4), (100, 4), (48, 3)])
+def test_what_a_rank_reads_is_planned(small, batch_size, world):
+    for rank in range(world):
+        order = {"seed": 0, "lanes": 16, "window": 3, "batch_size": batch_size}
+        requests, planned = Stream([reader(small)], **order, world=world, rank=rank).requests(deque()), set()
+        for request in islice(requests, 40):
+            planned = set(request.plans.get(0, planned))
+            assert {shard for _, places in request.reads for shard in places[:, 0].tolist()} <= planned
+
+
+def test_a_stream_plans_this_block_and_the_next_and_nothing_when_it_ends(small, tmp_path):
+    source = reader(copied(small, "memory://plans"), cache=str(tmp_path))
+    source.keep = False
+    order = {"seed": 0, "lanes": 4, "window": 10}
+    stream, ideal = iter(Stream([source], **order, batch_size=8)), Order(source.counts, **order)
+    for position in range(0, 64, 8):
+        next(stream)
+        block = position // 4 // 10
+        assert set(source.fetcher.plans["stream"]) == {*ideal.in_play(0, block), *ideal.in_play(0, block + 1)}
+    stream.close()
+    assert source.fetcher.plans["stream"] == []
+
+
+def test_a_sweep_plans_a_few_shards_ahead_and_none_where_it_takes_few_samples(small, tmp_path):
+    source = reader(copied(small, "memory://sweeps"), cache=str(tmp_path))
+    batches = sweep(source, limit=200, batch_size=20)
+    for first in range(10):
+        next(batches)
+        assert source.fetcher.plans["sweep"] == list(range(first, min(first + 6, 10)))
+    assert list(batches) == []
+    assert source.fetcher.plans["sweep"] == []
+    batches = sweep(source, limit=200, batch_size=20)
+    next(batches)
+    batches.close()  # before its end
+    assert source.fetcher.plans["sweep"] == []
+    next(sweep(source, limit=20, batch_size=20))
+    assert source.fetcher.plans["sweep"] == []
+
+
+def test_single_samples_that_someone_waits_for_go_first(small, tmp_path, requests):
+    source = reader(copied(small, "memory://first"), cache=str(tmp_path))
+    source.fetcher.asking = 1
+    source.fetcher.plan("test", [3])
+    before = len(requests)
+    source.read(np.array([[5, 0]]), np.zeros((1, 8, 8, 1), np.uint8))
+    assert {path for path, _, _ in requests[before:] if "000003" in path} == set()
+    with source.fetcher.changed:
+        assert source.fetcher.changed.wait_for(lambda: 3 in source.fetcher.files, timeout=20)  # but not for ever
 
 
 def test_a_store_that_may_be_read_but_not_listed(small, s3, monkeypatch):

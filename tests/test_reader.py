@@ -20,6 +20,7 @@ from PIL import Image
 from aaae_dist import storage
 from aaae_dist.config import Data
 from aaae_dist.data import Stream, sweep
+from aaae_dist.images import decode
 from aaae_dist.reader import Reader, Told
 from aaae_dist.shards import INDEX, Index, Shard
 from aaae_dist.tars import scan
@@ -86,6 +87,31 @@ def test_images_of_foreign_tars(tmp_path, extension, mode, channels):
         difference = pixels.astype(int) - expected.reshape(8, 8, channels)
         assert abs(difference).max() <= (2 if KINDS[extension] == "JPEG" else 0)
         assert (told.keys, told.labels) == (["dir/a", long], labels)
+
+
+@pytest.mark.parametrize("length", [99, 100, 101, 150, 255])
+def test_names_of_any_length(tmp_path, length):
+    """A tar's header has room for 100 bytes, and no end mark then."""
+    key = "k" * (length - 4)
+    _, told = read(reader(publish(tmp_path, sample(key, 10) | sample("other", 20)), channels=3), (0, 0), (0, 1))
+    assert told.keys == [key, "other"]
+
+
+def test_a_name_that_is_no_utf8(tmp_path):
+    url = publish(tmp_path, {"\udcff\udcfe.png": picture(shade(9)), "b.png": picture(shade(8))})
+    pixels, told = read(reader(url, channels=3), (0, 0), (0, 1))
+    assert told.keys == ["\udcff\udcfe", "b"]
+    assert pixels[:, 0, 0, 0].tolist() == [9, 8]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_images_of_16_bits_keep_their_range(tmp_path, channels):
+    values = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000
+    Image.fromarray(values).save(file := io.BytesIO(), "PNG")
+    url = publish(tmp_path, {"a.png": file.getvalue()}, channels=channels)
+    pixels, _ = read(reader(url, channels=channels), (0, 0))
+    assert np.array_equal(pixels[0], np.repeat((values >> 8)[..., None], channels, axis=2))
+    assert np.array_equal(decode(file.getvalue()), values >> 8)
 
 
 def test_time_is_told(tmp_path):
@@ -211,6 +237,7 @@ FIRST, OFFSETS = "train-000000.tar", "train-000000.offsets"
 DAMAGE: dict[str, tuple[Callable, dict[str, Any], str]] = {
     "missing": (lambda out: (out / FIRST).unlink(), {}, f"/{FIRST}: no such file, 1 of 5 shards are missing; bring"),
     "cut": (lambda out: replace(out / FIRST, lambda d: d[:-1]), {}, rf"/{FIRST}: \d+ bytes, but the index says"),
+    "longer": (lambda out: replace(out / FIRST, lambda d: d + bytes(512)), {}, rf"/{FIRST}: \d+ bytes, but the index"),
     "flipped": (
         lambda out: replace(out / FIRST, flipped),
         {},
@@ -257,6 +284,15 @@ def small(tmp_path: Path) -> Path:
     """A data set of 20 samples in 5 shards to train on, and 3 held out."""
     prepared(noise(23), tmp_path / "small", channels=1)
     return tmp_path / "small"
+
+
+def test_only_what_is_small_is_kept_in_memory(small, monkeypatch):
+    assert reader(str(small)).keep
+    monkeypatch.setattr("aaae_dist.reader.KEPT_BYTES", 20 * 64 - 1)
+    source = reader(str(small))
+    assert not source.keep
+    read_all(source)
+    assert source.kept == {}
 
 
 def test_fingerprint_is_of_the_split(small):
