@@ -57,12 +57,10 @@ class Cache:
         (self.folder / f"{shard.sha256}.tar").unlink(missing_ok=True)
 
     def fetch(self, url: str, shard: Shard, offsets: Callable[[], bytes], *, patience: float) -> int | None:
-        """Descriptor of a shard, which is fetched unless it is here.
+        """Descriptor of a shard, which is fetched unless it is here; None: no room, or another process is at it.
 
         Args:
             offsets: fetches its offsets.
-
-        None: there is no room for it, or another process is at it.
 
         Raises:
             UserError: the store fails for longer than `patience` seconds, or its bytes are not what the index says.

@@ -16,8 +16,7 @@ from aaae_dist import storage
 from aaae_dist.cache import Cache
 from aaae_dist.config import Data
 from aaae_dist.errors import UserError
-from aaae_dist.shards import Shard
-from aaae_dist.shards import place as url_of
+from aaae_dist.shards import Shard, url_of
 from aaae_dist.tars import Offsets, load_offsets, size_of_offsets
 
 log = logging.getLogger(__name__)

@@ -16,7 +16,7 @@ from aaae_dist.names import files_below
 from aaae_dist.passes import Pass
 from aaae_dist.preparation import HELD_OUT, hold_out, put
 from aaae_dist.shards import INDEX, LABEL, SPLITS, Index, Shard, image_of, named_split
-from aaae_dist.tars import Offsets, read_sample, scan
+from aaae_dist.tars import Offsets, members_of, scan
 
 log = logging.getLogger(__name__)
 
@@ -129,7 +129,7 @@ def survey(data: bytes, *, place: str) -> Survey:
     """
     try:
         offsets, keys = scan(data)
-        samples = [read_sample(data[slice(*offsets.span(number))])[1] for number in range(len(keys))]
+        samples = list(members_of(data, offsets))
     except ValueError as error:
         raise UserError(f"{place}: {storage.one_line(error)}; bring it anew, or remove it") from None
     sizes: dict[tuple[int, int], str] = {}

@@ -15,8 +15,8 @@ from aaae_dist import storage
 from aaae_dist.errors import UserError
 from aaae_dist.images import decode_into
 from aaae_dist.passes import Pass
-from aaae_dist.shards import Index, Shard, image_of, label_of, marks_of, place, read_index
-from aaae_dist.tars import load_offsets, read_sample, scan
+from aaae_dist.shards import Index, Shard, image_of, label_of, marks_of, read_index, url_of
+from aaae_dist.tars import load_offsets, members_of, read_sample, scan
 
 # --- is it whole?
 
@@ -38,9 +38,9 @@ def verify(url: str, *, decode: bool, workers: int) -> Iterator[str]:
     work = Pass(sum(shard.samples for shard in index.shards), workers=workers)
 
     def check(shard: Shard) -> list[str]:
-        where = place(url, shard.url)
+        where = url_of(url, shard.url)
         try:
-            data, table = storage.read(where), storage.read(place(url, shard.offsets))
+            data, table = storage.read(where), storage.read(url_of(url, shard.offsets))
         except UserError as error:
             # A file that is gone, or a local disk that fails in one place, is damage; a store that fails would go on.
             if not storage.is_local(where) and not isinstance(error.__cause__, FileNotFoundError):
@@ -136,13 +136,12 @@ def tally(index: Index, *, url: str, workers: int) -> tuple[Counter[tuple[str, i
     work = Pass(sum(shard.samples for shard in shards), workers=workers)
 
     def tell(shard: Shard) -> tuple[str, list[int | None], list[list[int]]]:
-        where = place(url, shard.url)
-        data, table = storage.read(where), storage.read(place(url, shard.offsets))
+        where = url_of(url, shard.url)
+        data, table = storage.read(where), storage.read(url_of(url, shard.offsets))
         labels, marks = [], []
         try:
             offsets = load_offsets(table, samples=shard.samples)
-            for number in range(shard.samples):
-                _, members = read_sample(data[slice(*offsets.span(number))])
+            for members in members_of(data, offsets):
                 labels.append(label_of(members, index.classes))
                 marks.append(marks_of(members, index.attributes))
                 work.advance(sum(map(len, members.values())))
@@ -174,9 +173,9 @@ def some_images(url: str, *, most: int, seed: int, workers: int) -> np.ndarray:
     def draw(row: int, sample: int) -> None:
         number = bisect_right(ends, sample)
         shard = index.shards[number]
-        where = place(url, shard.url)
+        where = url_of(url, shard.url)
         try:
-            offsets = load_offsets(storage.read(place(url, shard.offsets)), samples=shard.samples)
+            offsets = load_offsets(storage.read(url_of(url, shard.offsets)), samples=shard.samples)
             chunk = storage.read(where, *offsets.span(sample - ends[number] + shard.samples))
             decode_into(images[row], image_of(read_sample(chunk)[1]))
         except ValueError as error:

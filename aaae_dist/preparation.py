@@ -27,7 +27,7 @@ from aaae_dist.images import fit
 from aaae_dist.passes import Pass
 from aaae_dist.shards import ATTRIBUTES, INDEX, LABEL, SPLITS, Index, Shard, read_index
 from aaae_dist.sources import Source
-from aaae_dist.tars import scan
+from aaae_dist.tars import scan, size_of_offsets
 
 log = logging.getLogger(__name__)
 
@@ -286,7 +286,7 @@ def is_whole(shard: Shard | None, *, out: str, there: dict[str, int]) -> bool:
     """Whether a shard lies where its record says: by sizes, on a local disk by its bytes too."""
     if shard is None:
         return True
-    if there.get(shard.url) != shard.bytes or there.get(shard.offsets) != 4 * (2 * shard.samples + 1):
+    if there.get(shard.url) != shard.bytes or there.get(shard.offsets) != size_of_offsets(shard.samples):
         return False
     place = storage.join(out, shard.url)
     return not storage.is_local(place) or hashlib.sha256(storage.read(place)).hexdigest() == shard.sha256

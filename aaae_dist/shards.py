@@ -48,7 +48,7 @@ class Index(BaseModel):
     shards: list[Shard]
 
 
-def place(url: str, name: str) -> str:
+def url_of(url: str, name: str) -> str:
     """The URL of a file that the index at `url` names: `name` itself if it is absolute, else below `url`."""
     return name if re.match(r"/|[\w+.-]+://", name) else storage.join(url, name)
 

@@ -16,8 +16,8 @@ from aaae_dist.errors import UserError
 from aaae_dist.formats import read_attributes, read_cifar10, read_idx, read_mat, read_partition
 from aaae_dist.images import EXTENSIONS, decode
 from aaae_dist.names import check_labels, classify, distinct, files_below, read_labels
-from aaae_dist.shards import named_split
-from aaae_dist.tars import Offsets, read_sample, scan
+from aaae_dist.shards import ATTRIBUTES, INDEX, LABEL, image_of, named_split
+from aaae_dist.tars import Offsets, members_of, read_sample, scan
 
 
 class Source(NamedTuple):
@@ -250,11 +250,7 @@ def tar(url: str, *, labels: str = "") -> Source:
     def read(i: int) -> np.ndarray:
         number = bisect_right(starts, i) - 1
         begin, end = offsets[number].span(i - starts[number])
-        members = read_sample(storage.read(storage.join(url, tars[number]), begin, end))[1]
-        image = next((members[extension] for extension in EXTENSIONS if extension in members), None)
-        if image is None:
-            raise ValueError(f"no image, only {', '.join(members)}")
-        return decode(image)
+        return decode(image_of(read_sample(storage.read(storage.join(url, tars[number]), begin, end))[1]))
 
     classes, numbers = ([], None) if None in texts else classify(texts)
     if set(classes) <= {str(i) for i in range(len(known["classes"]))} and numbers:
@@ -279,10 +275,9 @@ def scan_tar(url: str) -> tuple[Offsets, list[str], list[tuple[str | None, bytes
     data = storage.read(url)
     try:
         offsets, keys = scan(data)
-        samples = (read_sample(data[slice(*offsets.span(number))])[1] for number in range(len(keys)))
         told = [
-            (sample["cls"].decode().strip() if "cls" in sample else None, sample.get("attributes.json"))
-            for sample in samples
+            (members[LABEL].decode().strip() if LABEL in members else None, members.get(ATTRIBUTES))
+            for members in members_of(data, offsets)
         ]
     except ValueError as error:
         raise UserError(f"{url}: {storage.one_line(error)}; bring it anew, or remove it") from None
@@ -291,7 +286,7 @@ def scan_tar(url: str) -> tuple[Offsets, list[str], list[tuple[str | None, bytes
 
 def known_names(url: str) -> dict[str, list[str]]:
     """Names of classes and attributes in the index of a prepared data set; none if there is no index."""
-    place = storage.join(url, "index.json")
+    place = storage.join(url, INDEX)
     index = storage.read_json(place) if storage.exists(place) else {}
     found = {field: index.get(field, []) if isinstance(index, dict) else [] for field in ("classes", "attributes")}
     return {field: [str(name) for name in names] if isinstance(names, list) else [] for field, names in found.items()}

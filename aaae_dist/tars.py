@@ -11,7 +11,7 @@ import sys
 import tarfile
 import zlib
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -103,6 +103,12 @@ def read_sample(data: bytes) -> tuple[str, dict[str, bytes]]:
             found[extension] = data[at : at + size]
         at += -(-size // BLOCK) * BLOCK
     return first, found
+
+
+def members_of(data: bytes, offsets: Offsets) -> Iterator[dict[str, bytes]]:
+    """The members of every sample of a whole tar."""
+    for number in range(len(offsets.checksums)):
+        yield read_sample(data[slice(*offsets.span(number))])[1]
 
 
 def read_any_sample(data: bytes) -> tuple[str, dict[str, bytes]]:

@@ -140,10 +140,10 @@ class Crew:
         assert worker.stdout
         line = worker.stdout.readline()
         if not line:
-            raise UserError(
-                f"data.workers {len(self.workers)}: a worker ended ({worker.wait()}), perhaps for want of memory; "
-                "lower it, or training.batch_size"
-            )
+            code, why = worker.wait(), "; it said why"
+            if code == -signal.SIGKILL:
+                why = ", perhaps for want of memory; lower it, or training.batch_size"
+            raise UserError(f"data.workers {len(self.workers)}: a worker ended ({code}){why}")
         answer = json.loads(line)
         for number, shard, index, bad in answer["bad"]:
             self.readers[number].meet((shard, index), Bad(*bad))

@@ -22,7 +22,7 @@ from PIL import Image
 from aaae_dist import storage
 from aaae_dist.errors import UserError
 from aaae_dist.preparation import Recipe, prepare
-from aaae_dist.shards import Index, place, read_index
+from aaae_dist.shards import Index, read_index, url_of
 from aaae_dist.sources import Source
 from aaae_dist.sources import digits as handwritten
 
@@ -140,7 +140,7 @@ def examples(source: Source) -> list[Example]:
 
 def stock_samples(out: str, split: str) -> dict[str, dict[str, Any]]:
     """What stock webdataset makes of a split of a data set, by key."""
-    urls = [place(out, shard.url) for shard in read_index(out).shards if shard.split == split]
+    urls = [url_of(out, shard.url) for shard in read_index(out).shards if shard.split == split]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)  # it leaves its files to the garbage collector
         stock: Any = webdataset.WebDataset(urls, shardshuffle=False).decode("rgb8")

@@ -12,7 +12,7 @@ from PIL import Image
 from aaae_dist import storage
 from aaae_dist.images import decode_into
 from aaae_dist.indexing import index
-from aaae_dist.shards import INDEX, Index, image_of, place
+from aaae_dist.shards import INDEX, Index, image_of, url_of
 from aaae_dist.tars import load_offsets, read_sample
 
 RNG = np.random.default_rng(0)
@@ -57,8 +57,8 @@ def read_by_offsets(out: str, made: Index) -> dict[str, np.ndarray]:
     """Pixels of all samples by key, as the reader gets them."""
     found = {}
     for shard in made.shards:
-        data = storage.read(place(out, shard.url))
-        offsets = load_offsets(storage.read(place(out, shard.offsets)), samples=shard.samples)
+        data = storage.read(url_of(out, shard.url))
+        offsets = load_offsets(storage.read(url_of(out, shard.offsets)), samples=shard.samples)
         for number in range(shard.samples):
             key, members = read_sample(data[slice(*offsets.span(number))])
             found[key] = np.empty((made.height, made.width, made.channels), np.uint8)

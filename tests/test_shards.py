@@ -70,7 +70,7 @@ def test_no_index_is_one_line(tmp_path):
     ],
 )
 def test_where_shards_are(url, name, there):
-    assert shards.place(url, name) == there
+    assert shards.url_of(url, name) == there
 
 
 @pytest.mark.parametrize(
