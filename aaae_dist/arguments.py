@@ -117,27 +117,39 @@ def parser() -> Parser:
   aaae sample runs/digits --count 100 --out samples.png""",
     )
     verbs = top.add_subparsers(required=True, metavar="COMMAND")
+    add_preparing(verbs)
+    add_training(verbs)
+    add_using(verbs)
+    add_tracking(verbs)
+    add_shards(verbs)
+    return top
 
-    def verb(
-        command: str, summary: str, *arguments: Callable[[Parser], Any], example: str, among: Any = verbs
-    ) -> Parser:
-        made = among.add_parser(
-            command.split()[-1],
-            help=summary,
-            description=summary,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
-            epilog=f"example:\n  {example}",
-        )
-        made.set_defaults(command=command)
-        for add in arguments:
-            add(made)
-        return made
 
-    def group(name: str, summary: str, *, example: str) -> Any:
-        return verb(name, summary, example=example).add_subparsers(required=True, metavar="COMMAND")
+def verb(among: Any, command: str, summary: str, *arguments: Callable[[Parser], Any], example: str) -> Parser:
+    """A verb among those of a parser or of a group."""
+    made = among.add_parser(
+        command.split()[-1],
+        help=summary,
+        description=summary,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        epilog=f"example:\n  {example}",
+    )
+    made.set_defaults(command=command)
+    for add in arguments:
+        add(made)
+    return made
 
+
+def group(verbs: Any, name: str, summary: str, *, example: str) -> Any:
+    """Verbs under a name of theirs."""
+    return verb(verbs, name, summary, example=example).add_subparsers(required=True, metavar="COMMAND")
+
+
+def add_preparing(verbs: Any) -> None:
+    """Images to shards."""
     verb(
+        verbs,
         "prepare",
         "Write images as webdataset shards with an index. The same command again goes on where it was cut short.",
         argument(
@@ -226,7 +238,11 @@ def parser() -> Parser:
         example="aaae prepare folder photos/ --size 64 --format jpg --out s3://bucket/photos",
     )
 
+
+def add_training(verbs: Any) -> None:
+    """Configuration to run."""
     made = verb(
+        verbs,
         "train",
         "Train, or continue: the same command again goes on from the newest checkpoint.",
         argument(
@@ -240,7 +256,11 @@ def parser() -> Parser:
     made.epilog = f"{made.epilog}\n\n{settings_help()}"
     made.hint = "; settings are given as section.key=value, without dashes"
 
+
+def add_using(verbs: Any) -> None:
+    """Run to figures and pictures."""
     verb(
+        verbs,
         "evaluate",
         "Judge the averaged networks of a checkpoint.",
         RUN,
@@ -249,6 +269,7 @@ def parser() -> Parser:
         example="aaae evaluate runs/digits --json",
     )
     verb(
+        verbs,
         "sample",
         "Draw images from the averaged networks of a checkpoint.",
         RUN,
@@ -267,6 +288,7 @@ def parser() -> Parser:
         example="aaae sample runs/digits --count 5000 --out samples.npz",
     )
     verb(
+        verbs,
         "reconstruct",
         "Encode images and decode them again.",
         RUN,
@@ -283,21 +305,28 @@ def parser() -> Parser:
         example="aaae reconstruct runs/digits a.png b.png --out pairs.png",
     )
 
+
+def add_tracking(verbs: Any) -> None:
+    """Run to MLflow."""
     sync = "MLFLOW_TRACKING_URI=http://mlflow:5000 aaae track sync runs/digits"
     verb(
+        group(verbs, "track", "Metrics and MLflow.", example=sync),
         "track sync",
         "Deliver to MLflow what it missed of a run.",
         RUN,
         example=sync,
-        among=group("track", "Metrics and MLflow.", example=sync),
     )
 
+
+def add_shards(verbs: Any) -> None:
+    """What a data set holds, and what a rank reads of it."""
     read = "aaae shards read store/digits --world 2 --rank 1 --batch-size 64 --count 3"
     inspect = "aaae shards inspect store/digits --picture digits.png"
     verify = "aaae shards verify s3://bucket/photos"
     index = "aaae shards index s3://bucket/tars --out s3://bucket/tars-index"
-    shards = group("shards", "Prepared data sets.", example="\n  ".join([inspect, verify, index, read]))
+    shards = group(verbs, "shards", "Prepared data sets.", example="\n  ".join([inspect, verify, index, read]))
     verb(
+        shards,
         "shards inspect",
         "Say what a data set holds: images, bytes and sizes by split, images of every class and with every attribute.",
         DATA,
@@ -306,9 +335,9 @@ def parser() -> Parser:
         argument("--seed", type=SEED, default=0, metavar="N", help="of the choice of these images; default: 0"),
         THREADS,
         example=inspect,
-        among=shards,
     )
     verb(
+        shards,
         "shards verify",
         "Read a data set again and say what is damaged, a line each on stdout; exit code 2 if anything is.",
         DATA,
@@ -319,9 +348,9 @@ def parser() -> Parser:
         ),
         THREADS,
         example=verify,
-        among=shards,
     )
     verb(
+        shards,
         "shards index",
         "Make a data set of webdataset tars that exist already. They stay where and as they are; all their images must "
         "be squares of one size. Tars whose names, or folders, begin with train, val or test belong to that split.",
@@ -338,9 +367,9 @@ def parser() -> Parser:
         ),
         THREADS,
         example=index,
-        among=shards,
     )
     verb(
+        shards,
         "shards read",
         "Print the keys that a rank reads, one JSON object a batch.",
         DATA,
@@ -363,6 +392,4 @@ def parser() -> Parser:
         as_setting("--lanes", "data.lanes", whole(1, 65_536)),
         as_setting("--window", "data.window", whole(1)),
         example=read,
-        among=shards,
     )
-    return top

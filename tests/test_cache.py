@@ -3,8 +3,12 @@
 import fcntl
 import hashlib
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +50,20 @@ def take(cache: Cache, number: int) -> bytes | None:
         os.close(file)
 
 
+@pytest.fixture
+def before_lock(monkeypatch) -> list[Callable[[], None]]:
+    """What is done, once, before the next lock is taken."""
+    actions, lock = [], module.lock
+
+    def late(file: int, kind: int) -> bool:
+        while actions:
+            actions.pop(0)()
+        return lock(file, kind)
+
+    monkeypatch.setattr(module, "lock", late)
+    return actions
+
+
 def test_a_shard_is_fetched_once_and_whole(tmp_path, requests):
     cache = Cache(tmp_path / "cache", limit=10 * MB)
     assert cache.get(shard(0)[1]) is None
@@ -68,6 +86,27 @@ def test_the_least_recently_used_make_room_but_not_what_is_open(tmp_path, reques
     os.close(held)
     take(cache, 5)
     assert names(tmp_path) == {f"{shard(n)[1].sha256}.tar" for n in (3, 4, 5)}
+
+
+def test_what_is_used_stays_longer_than_what_was_only_fetched(tmp_path, requests):
+    cache = Cache(tmp_path, limit=3 * MB + MB // 2)
+    for number in (0, 1, 2):
+        take(cache, number)
+        os.utime(tmp_path / f"{shard(number)[1].sha256}.tar", ns=(0, number))  # long ago, one after the other
+    for number in (0, 3):  # the first is here
+        take(cache, number)
+    assert names(tmp_path) == {f"{shard(n)[1].sha256}.tar" for n in (0, 2, 3)}
+
+
+@pytest.mark.parametrize("growing", [True, False])
+def test_a_shard_takes_all_its_room_from_its_first_byte_on(tmp_path, requests, growing):
+    cache = Cache(tmp_path, limit=MB + MB // 2)
+    part = cache.part(shard(0)[1])
+    with part.open("wb") as other:
+        if growing:
+            fcntl.flock(other, fcntl.LOCK_EX)
+        assert take(cache, 1) == (None if growing else shard(1)[2])  # what nobody goes on with makes room
+    assert names(tmp_path) == {part.name if growing else f"{shard(1)[1].sha256}.tar"}
 
 
 def test_what_does_not_fit_is_not_fetched(tmp_path, requests, caplog):
@@ -140,6 +179,63 @@ def test_two_do_not_fetch_the_same(tmp_path, requests):
     assert take(cache, 0) == data
 
 
+def test_room_is_given_to_one_process_at_a_time(tmp_path, requests):
+    cache = Cache(tmp_path, limit=MB + MB // 2)
+    with (tmp_path / ".lock").open("ab") as door, ThreadPoolExecutor(1) as pool:
+        fcntl.flock(door, fcntl.LOCK_EX)
+        answer = pool.submit(take, cache, 1)
+        waits = re.compile(rf"-> FLOCK .*:{os.fstat(door.fileno()).st_ino} ")
+        while not waits.search(Path("/proc/locks").read_text()):
+            assert not answer.done()
+        with cache.part(shard(0)[1]).open("wb") as other:  # the room is taken meanwhile
+            fcntl.flock(other, fcntl.LOCK_EX)
+            fcntl.flock(door, fcntl.LOCK_UN)
+            assert answer.result() is None
+    assert requests == []
+
+
+def complete(cache: Cache) -> None:
+    _, record, data = shard(0)
+    (cache.folder / f"{record.sha256}.tar").write_bytes(data + OFFSETS)
+
+
+def begin(cache: Cache) -> None:
+    cache.part(shard(0)[1]).touch()
+
+
+def give_up(cache: Cache) -> None:
+    cache.part(shard(0)[1]).unlink()
+
+
+MEANWHILE = {  # what other processes do with a shard that this one has just opened, and the file that they leave
+    "completed": ([give_up, complete], "tar"),  # as by a new name
+    "completed and begun": ([complete], "tar"),
+    "given up": ([give_up], ""),
+    "given up and begun": ([give_up, begin], "part"),
+}
+
+
+@pytest.mark.parametrize("kind", MEANWHILE)
+def test_a_shard_that_others_complete_or_give_up_is_not_fetched_into_a_lost_file(tmp_path, requests, before_lock, kind):
+    """Between the opening of a file and its lock anything may happen to it."""
+    (actions, left), cache = MEANWHILE[kind], Cache(tmp_path, limit=10 * MB)
+    before_lock += [partial(action, cache) for action in actions]
+    assert take(cache, 0) is None
+    assert requests == []
+    assert {name.rpartition(".")[2] for name in names(tmp_path)} == {left} - {""}
+    assert take(cache, 0) == shard(0)[2]
+    assert names(tmp_path) == {f"{shard(0)[1].sha256}.tar"}
+
+
+def test_a_shard_that_another_removes_is_fetched_again(tmp_path, requests, before_lock):
+    cache = Cache(tmp_path, limit=10 * MB)
+    take(cache, 0)
+    before_lock.append(partial(cache.drop, shard(0)[1]))
+    assert take(cache, 0) == shard(0)[2]
+    assert len(requests) == 2
+    assert names(tmp_path) == {f"{shard(0)[1].sha256}.tar"}
+
+
 FETCH = """
 import os, sys
 from aaae_dist.cache import Cache
@@ -196,4 +292,19 @@ def test_pieces_shrink_where_requests_fail_and_lose_nothing(monkeypatch):
     assert min(made) >= 65_536
 
 
-# --- readers of a store
+def test_pieces_grow_again_where_requests_succeed(monkeypatch):
+    shrinking, growing = ([1 << power for power in powers] for powers in ([20, 19, 18, 17, 16, 16], range(16, 21)))
+    url, _, data = shard(0, size=sum(growing))
+    made, failures, original = [], iter(shrinking), MemoryFileSystem.cat_file
+
+    def cat_file(self, path, start=None, end=None, **options):
+        made.append(end - start)
+        if next(failures, None) is not None:
+            raise ConnectionResetError("cut")
+        return original(self, path, start=start, end=end, **options)
+
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", cat_file)
+    monkeypatch.setattr(module, "PIECE", 1 << 20)
+    monkeypatch.setattr(module.storage.time, "sleep", lambda seconds: None)
+    assert b"".join(pieces(url, 0, len(data), patience=60.0)) == data
+    assert made == shrinking + growing

@@ -1,5 +1,6 @@
 """The order against a slow one that follows its definition word by word, and values that must never change."""
 
+import tracemalloc
 from collections import Counter
 from itertools import permutations
 
@@ -138,3 +139,19 @@ def test_after_is_where_a_stream_of_whole_batches_stands(batch_size):
         position += batch_size
         if position + batch_size > order.length:
             epoch, position = epoch + 1, 0
+
+
+@pytest.mark.parametrize(("counts", "lanes", "window"), [([1] * 20_000, 1, 1), ([20_000], 4, 1000)])
+def test_memory_does_not_grow_with_the_epochs(counts, lanes, window):
+    order = Order(counts, seed=0, lanes=lanes, window=window)
+    blocks = range(0, order.length, lanes * window)[:5]
+    tracemalloc.start()
+    try:
+        for epoch in range(20):
+            for start in blocks:
+                order.samples(epoch, start, start + 1)
+            if epoch == 9:
+                before = tracemalloc.get_traced_memory()[0]
+        assert tracemalloc.get_traced_memory()[0] - before < 20_000  # of what an epoch takes, four bytes a sample
+    finally:
+        tracemalloc.stop()

@@ -9,6 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import PIL
 import preparing
 import pytest
 from conftest import contents, examples, noise, prepared, refused, stock_samples
@@ -174,16 +175,16 @@ def test_a_share_that_leaves_a_split_empty_names_one_that_does_not(tmp_path):
 
 
 def test_unreadable_images_are_listed_and_left_out(tmp_path, caplog):
-    unreadable = [0, 3, 7, 22]
+    unreadable = [0, 3, 5, 7, 8, 11, 13, 16, 19, 22]
     index = prepared(noise(23, unreadable=unreadable), tmp_path)
     assert sorted(everything(tmp_path)) == [f"{i:03d}" for i in range(23) if i not in unreadable]
-    assert sum(shard.samples for shard in index.shards) == 19
+    assert sum(shard.samples for shard in index.shards) == 13
     with (tmp_path / REJECTS).open(newline="") as file:
         assert list(csv.reader(file)) == [
             ["key", "reason"],
             *([f"{i:03d}", f"number {i} is broken"] for i in unreadable),
         ]
-    assert caplog.messages == [f"4 images could not be read and are left out: {tmp_path}/{REJECTS}"]
+    assert caplog.messages == [f"10 images could not be read and are left out: {tmp_path}/{REJECTS}"]
     prepared(noise(23), tmp_path / "good")
     assert REJECTS not in contents(tmp_path / "good")
 
@@ -272,6 +273,28 @@ def test_unfinished_work_of_other_options_is_refused_and_untouched(tmp_path, cha
     ):
         prepared(noise(23), tmp_path, **changes)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"keys": [f"{i:03d}" for i in range(1, 24)]},
+        {"labels": [4 - i % 5 for i in range(23)]},
+        {"classes": list("abcde")},
+        {"marks": np.ones((23, 2), np.uint8)},
+        {"attributes": ["Bald", "Male"]},
+        {},
+    ],
+    ids=lambda changes: next(iter(changes), "PIL"),
+)
+def test_unfinished_work_of_other_images_or_another_pil_is_refused(tmp_path, monkeypatch, changes):
+    source = noise(23)._replace(marks=np.zeros((23, 2), np.uint8), attributes=["Male", "Bald"])
+    with refused("the store fails"):
+        prepared(fails_at(source, 22), tmp_path)
+    if not changes:
+        monkeypatch.setattr(PIL, "__version__", "1.0")
+    with refused(f"{tmp_path}/{UNFINISHED}.*: left by an unfinished preparation of other images or with other options"):
+        prepared(source._replace(**changes), tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["local", "memory", "s3"])

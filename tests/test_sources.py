@@ -642,6 +642,46 @@ def test_tars_of_a_prepared_data_set_keep_its_splits_names_and_attributes(tmp_pa
             tar(str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("index", "labels", "classes"),
+    [
+        ({"classes": ["ant", "bee"]}, "01", ["ant", "bee"]),
+        ({"classes": ["ant", "bee", "cat"]}, "20", ["ant", "bee", "cat"]),
+        ({"classes": ["ant", "bee"]}, "20", ["0", "2"]),  # another data set's
+        ({"classes": ["b", "a"]}, "ba", ["a", "b"]),  # names of their own
+        ({"classes": [7, 8]}, "01", ["7", "8"]),
+        ({"classes": "ab"}, "01", ["0", "1"]),
+        ({"classes": {"0": "ant", "1": "bee"}}, "01", ["0", "1"]),
+        ({}, "01", ["0", "1"]),
+        (["classes"], "01", ["0", "1"]),
+    ],
+)
+def test_tars_take_the_names_of_classes_from_an_index_that_fits(tmp_path, index, labels, classes):
+    storage.write_json(f"{tmp_path}/index.json", index)
+    storage.write(f"{tmp_path}/x.tar", tar_of({key: {"cls": key.encode()} for key in labels}))
+    source = tar(str(tmp_path))
+    assert source.classes == classes
+    assert source.labels == [(classes if label in classes else list("012")).index(label) for label in labels]
+    assert (source.size, source.channels, source.attributes, source.marks) == (64, 3, [], None)
+
+
+def test_tars_without_all_attributes_have_none(tmp_path):
+    members = samples(4, **{"attributes.json": b"[1, 0]"})
+    del members["0002"]["attributes.json"]
+    storage.write_json(f"{tmp_path}/index.json", {"attributes": ["Male", "Odd"]})
+    storage.write(f"{tmp_path}/x.tar", tar_of(members))
+    source = tar(str(tmp_path))
+    assert (source.attributes, source.marks, source.labels) == ([], None, [0, 1, 2, 0])
+
+
+@pytest.mark.parametrize("other", ["x.tar", "val.tar"])
+def test_tars_have_splits_only_if_all_names_tell_one(tmp_path, other):
+    for number, name in enumerate(("train-0.tar", "test/0.tar", other)):
+        storage.write(f"{tmp_path}/{name}", tar_of(samples(1, first=number)))
+    source = tar(str(tmp_path))
+    assert source.splits == (None if other == "x.tar" else ["test", "train", "val"])
+
+
 def test_tars_without_all_labels_have_none(tmp_path):
     members = samples(4)
     del members["0002"]["cls"]

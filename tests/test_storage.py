@@ -13,6 +13,7 @@ import pytest
 import s3fs
 import servers
 from conftest import forget_clients, refused
+from fsspec.implementations.memory import MemoryFileSystem
 
 from aaae_dist import storage
 from aaae_dist.errors import UserError
@@ -129,6 +130,22 @@ def test_full_and_read_only_disks_are_one_line_and_lose_nothing(full_disk):
         storage.write(f"{full_disk}/new", b"new")
 
 
+def test_an_upload_that_did_not_arrive_whole_is_made_again(tmp_path, monkeypatch):
+    original, kept = MemoryFileSystem.pipe_file, [b"som", b"", b"something", b"never"]
+    monkeypatch.setattr(MemoryFileSystem, "pipe_file", lambda self, path, data: original(self, path, kept.pop(0)))
+    storage.write(f"memory://{tmp_path}/file", b"something")
+    assert kept == [b"never"]
+
+
+def test_an_upload_that_never_arrives_whole_is_one_line(tmp_path, monkeypatch):
+    original, url = MemoryFileSystem.pipe_file, f"memory://{tmp_path}/file"
+    monkeypatch.setattr(MemoryFileSystem, "pipe_file", lambda self, path, data: original(self, path, data[:-1]))
+    monkeypatch.setattr(storage, "PATIENCE", 0.0)
+    with refused(f"{url}: ") as caught:
+        storage.write(url, b"something")
+    assert str(caught.value.__cause__) == "8 bytes arrived of 9"
+
+
 def test_permission_denied_is_one_line(tmp_path):
     url = str(tmp_path / "file")
     storage.write(url, b"old")
@@ -223,6 +240,38 @@ def test_a_web_server_may_ask_for_a_password(tmp_path, monkeypatch):
         monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
         forget_clients()
         assert storage.read(f"{url}/file") == b"something"
+
+
+@pytest.mark.parametrize(
+    ("status", "again"), [(408, True), (429, True), (500, True), (503, True), (400, False), (403, False), (410, False)]
+)
+@pytest.mark.parametrize("protocol", ["http", "s3"])
+def test_what_a_store_may_recover_from_is_tried_again(tmp_path, monkeypatch, protocol, status, again):
+    answers = [status, status, 200]
+
+    class Busy(servers.RangeHandler):
+        def parse_request(self) -> bool:
+            if not super().parse_request():
+                return False
+            if (answer := answers.pop(0)) != 200:
+                self.send_error(answer)
+            return answer == 200
+
+    (tmp_path / "bucket").mkdir()
+    (tmp_path / "bucket" / "file").write_bytes(b"something")
+    with servers.files(tmp_path, Busy) as url:
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            monkeypatch.setenv(name, "any")
+        monkeypatch.setenv("AWS_ENDPOINT_URL", url)
+        forget_clients()
+        place = "s3://bucket/file" if protocol == "s3" else f"{url}/bucket/file"
+        if again:
+            assert storage.read(place) == b"something"
+        else:
+            with refused(f"{place}: "):
+                storage.read(place)
+    forget_clients()
+    assert len(answers) == (0 if again else 2)
 
 
 FAULTS = {
