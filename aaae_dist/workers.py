@@ -26,6 +26,7 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 from jaxtyping import UInt8
 
+from aaae_dist import storage
 from aaae_dist.config import Data
 from aaae_dist.errors import UserError
 from aaae_dist.fetching import Place
@@ -100,16 +101,19 @@ class Crew:
         }
         line = [sys.executable, "-m", "aaae_dist.workers"]
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "encoding": "utf-8"}
+        self.workers: list[subprocess.Popen[str]] = []
         earlier = signal.pthread_sigmask(signal.SIG_BLOCK, TRAINERS_SIGNALS)  # they inherit it
         try:
-            self.workers = [
-                subprocess.Popen(line, **pipes, pass_fds=[descriptor], start_new_session=True) for _ in range(workers)
-            ]
+            for _ in range(workers):
+                self.workers.append(subprocess.Popen(line, **pipes, pass_fds=[descriptor], start_new_session=True))
+        except OSError as error:
+            self.dismiss()
+            raise UserError(f"data.workers {workers}: {storage.one_line(error)}; lower it") from None
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, earlier)
+            os.close(descriptor)
         for worker in self.workers:
             self.send(worker, setup)
-        os.close(descriptor)
 
     def answers(self, requests: Iterator[Request]) -> Iterator[Answer]:
         """Answers in the order of the requests. The first is given here, while the workers come to life."""

@@ -1,10 +1,12 @@
 """Streams: the same batches for any ranks and workers, from any sample on; mixes; sweeps."""
 
+import errno
 import itertools
 import json
 import os
 import re
 import signal
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -231,6 +233,21 @@ def test_a_dead_worker_is_one_line(many):
     ):
         for _ in range(10):
             next(stream)
+
+
+def test_workers_that_cannot_be_started_are_one_line(many, monkeypatch):
+    started, original = [], subprocess.Popen
+
+    def popen(*arguments: Any, **options: Any) -> subprocess.Popen:
+        if started:
+            raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")  # as where `ulimit -u` is reached
+        started.append(original(*arguments, **options))
+        return started[0]
+
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    with refused(r"data\.workers 2: .*Resource temporarily unavailable; lower it"):
+        next(iter(Stream([reader(many, keep=False)], **USUAL, workers=2)))
+    assert started[0].returncode is not None
 
 
 def test_batches_larger_than_a_pipe(tmp_path):

@@ -1,27 +1,39 @@
 """Properties of whole trainings: as many ranks as you like, killed and resumed, asked to stop, numbers gone bad."""
 
+import itertools
 import json
 import multiprocessing
 import os
 import random
+import re
 import signal
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from conftest import prepared
 from training_runs import ROOT, command, environment, final, settings, train
 
 from aaae_dist import checkpoint, storage
+from aaae_dist import interval as module
 from aaae_dist.config import Config, load_config
+from aaae_dist.data import Batch, to_uint8
 from aaae_dist.errors import UserError
+from aaae_dist.interval import Interval, describe_waits
+from aaae_dist.preparation import Recipe
 from aaae_dist.schedule import averaging_rate, learning_rate
+from aaae_dist.sources import Source
+from aaae_dist.sources import digits as handwritten
 from aaae_dist.stopping import StopRequest
-from aaae_dist.training import Trainer
+from aaae_dist.training import Trainer, slow_data
 
 
 def trainer_for(*arguments: str) -> Trainer:
@@ -87,6 +99,48 @@ def test_one_process_equals_two_and_micro_batches(tmp_path, digits, double, tole
             assert (tensors[key] - value).norm() <= limit * value.norm(), (name, key)
 
 
+@pytest.fixture(scope="module")
+def varied(tmp_path_factory) -> tuple[list[str], dict[str, np.ndarray]]:
+    """Settings of a training that flips, crops and mixes, and the images of its two data sets, a pixel larger."""
+    out, found = tmp_path_factory.mktemp("varied"), {}
+    for name, count in {"a": 70, "b": 50}.items():
+        pixels = np.random.default_rng(count).integers(0, 256, (count, 9, 9), dtype=np.uint8)
+        read = lambda i, pixels=pixels: pixels[i]  # noqa: E731
+        prepared(Source([f"{i:03d}" for i in range(count)], read, size=9, channels=1), out / name)
+        found[name] = pixels
+    mix = f'data.mix={{"{out}/b" = 0.5}}'
+    return [f"data.url={out}/a", mix, "data.crop=true", "data.flip=true", "training.images=320"], found
+
+
+def test_the_game_sees_crops_and_mirror_images_of_all_data_sets(tmp_path, varied):
+    options, images = varied
+    kinds = {}  # data set, place and whether mirrored, of all squares that there are
+    for name, top, left in itertools.product(images, range(2), range(2)):
+        for square in images[name][:, top : top + 8, left : left + 8]:
+            kinds[square.tobytes()] = name, top, left, False
+            kinds[np.fliplr(square).tobytes()] = name, top, left, True
+    trainer, seen = trainer_for(*settings(tmp_path / "run", "", *options)), []
+    trainer.model.register_forward_pre_hook(
+        lambda model, inputs: seen.append([kinds[to_uint8(image).numpy().tobytes()] for image in inputs[0]])
+    )
+    trainer.train()
+    assert [len(step) for step in seen] == [64] * 5
+    for step in range(1, 6):
+        of_b = sum(name == "b" for batch in seen[:step] for name, *_ in batch)
+        assert abs(of_b - 64 * step / 3) < 1
+    tally = Counter(kind[1:] for batch in seen for kind in batch)
+    assert len(tally) == 8
+    assert sum((count - 40) ** 2 / 40 for count in tally.values()) < 24.3  # chi squared of 7 degrees, 0.999
+
+
+def test_variation_and_mixes_are_the_same_on_two_ranks(tmp_path, varied):
+    for processes in (1, 2):
+        train(*settings(tmp_path / str(processes), "", *varied[0], "checkpoint.every=0"), processes=processes)
+    one, two = (final(tmp_path / name) for name in "12")
+    for key, value in one.items():
+        assert key.startswith("optimizer/") or (two[key] - value).norm() <= 1e-5 * value.norm(), key
+
+
 def test_ranks_see_the_same_statistics_and_one_line_of_metrics(tmp_path, digits):
     train(*settings(tmp_path / "run", digits), processes=2)
     found = lines(tmp_path / "run")
@@ -101,6 +155,55 @@ def test_ranks_see_the_same_statistics_and_one_line_of_metrics(tmp_path, digits)
     assert 0 <= sum(first[f"data/wait/{name}"] for name in ("fetching", "decoding", "hand_over")) < 1
     assert first["data/slowest_rank"] in range(2)
     assert 1 <= first["codes/effective_rank"] <= 8
+
+
+@pytest.mark.parametrize(
+    ("waits", "line"),
+    [
+        (
+            (0.3, 0.05, 0.006),
+            "rank 3 waits longest for data, 36% of its time (fetching 30%, decoding 5%, hand-over 1%)",
+        ),
+        ((0.0, 0.0, 0.125), "rank 3 waits longest for data, 12% of its time (fetching 0%, decoding 0%, hand-over 12%)"),
+        ((0.03, 0.03, 0.03), ""),
+    ],
+)
+def test_the_log_says_who_waits_for_data_and_for_what(waits, line):
+    shares = torch.zeros(5, 3)
+    shares[3], shares[1, 1] = torch.tensor(waits), 0.02
+    assert slow_data(describe_waits(shares)) == line
+
+
+def test_a_training_that_waits_for_data_says_so(tmp_path, digits, caplog):
+    caplog.set_level("INFO", logger="aaae_dist.training")
+    trainer = trainer_for(*settings(tmp_path / "run", digits))
+    trainer.interval.waits[1] = 1e6
+    trainer.train()
+    said = [message for message in caplog.messages if "waits longest" in message]
+    assert re.match(
+        r"rank 0 waits longest for data, \d+% of its time \(fetching \d+%, decoding \d+%, hand-over", said[0]
+    )
+    assert lines(tmp_path / "run")[0]["data/wait/decoding"] > 1 > lines(tmp_path / "run")[1]["data/wait/decoding"]
+
+
+def made(*, fetching: float, decoding: float, finished: float) -> Batch:
+    nothing = torch.zeros(0, 1, 1, 1, dtype=torch.uint8)
+    return Batch(nothing, [], [], torch.zeros(0, dtype=torch.bool), fetching, decoding, finished)
+
+
+def test_waiting_is_told_by_what_the_batch_waited_for(monkeypatch):
+    """What is left of fetching and decoding when the step comes, in their proportion; the rest is hand-over."""
+    interval = Interval(["encoder"], code_size=1, device=torch.device("cpu"))
+    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: 10.0))
+    for began, batch, waits in (
+        (4.0, made(fetching=3.75, decoding=1.25, finished=9.0), (3.75, 1.25, 1.0)),  # made when asked for
+        (8.0, made(fetching=30.0, decoding=10.0, finished=9.0), (0.75, 0.25, 1.0)),  # begun before
+        (8.0, made(fetching=3.0, decoding=1.0, finished=5.0), (0.0, 0.0, 2.0)),  # ready before
+        (7.0, made(fetching=0.0, decoding=0.0, finished=7.0), (0.0, 0.0, 3.0)),  # all of it kept
+    ):
+        before = list(interval.waits)
+        interval.add_wait(batch, began=began)
+        assert [b - a for a, b in zip(before, interval.waits, strict=True)] == pytest.approx(waits)
 
 
 # --- killed, stopped, resumed
@@ -431,6 +534,25 @@ def test_wild_rates_never_end_in_a_finished_run(tmp_path, digits, rate):
     with pytest.raises(UserError, match=r"is not finite after .* begin another training.run with lower learning rates"):
         train_here(*settings(tmp_path / "run", digits, "training.images=640", "checkpoint.every=0", *wild))
     assert checkpoint.complete(str(tmp_path / "run")) == []
+
+
+def test_bad_samples_are_counted_over_all_ranks(tmp_path, digits, monkeypatch):
+    """Neither of two ranks meets too many, the two together do. Where more are allowed, they are listed, each once."""
+    run, out = tmp_path / "run", tmp_path / "bad"
+    batch = next(trainer_for(*settings(run, digits)).batches).keys
+    bad, source, apply = {*batch[:6], *batch[32:38]}, handwritten("", labels=""), Recipe.apply
+    blank = lambda i: np.zeros((8, 8), np.uint8) if source.keys[i] in bad else source.read(i)  # noqa: E731
+    monkeypatch.setattr(Recipe, "apply", lambda self, pixels: apply(self, pixels) if pixels.any() else b"no image")
+    prepared(source._replace(read=blank), out, held_out=179, samples_per_shard=180)
+
+    arguments = settings(run, str(out), "training.images=64", "data.bad_share=0.001")
+    with pytest.raises(AssertionError, match=f"aaae: {out}: 12 unreadable samples, more than data.bad_share = 0.001"):
+        train(*arguments, processes=2)
+    assert checkpoint.complete(str(run)) == []
+    train_here(*arguments, "data.bad_share=0.1")
+    listed = [json.loads(line) for line in (run / "quarantine.jsonl").read_text().splitlines()]
+    assert sorted(sample["key"] for sample in listed) == sorted(bad)
+    assert lines(run)[0]["data/bad_samples"] == 12
 
 
 def test_a_run_killed_at_its_very_end_is_finished_by_the_same_command(tmp_path, digits):
