@@ -19,7 +19,7 @@ from aaae_dist.workers import Answer, Request, answers
 
 Pixels = UInt8[Tensor, "batch channels height width"]
 
-VERSION = 1  # of the state
+VERSION = 2  # of the state
 SHARDS_AHEAD = 4  # of those that a sweep is at
 WORTH_FETCHING = 8  # a sweep that reads fewer than one in so many samples fetches these one by one, not whole shards
 
@@ -202,8 +202,12 @@ class Stream:
                 reads.append((n, order.samples(epoch, position, position + quota, mine)))
                 if planned.get(n) != (now := (epoch, order.block(position))):
                     planned[n] = now
-                    # Only where a batch takes as much of every lane is a rank's share of it always of the same lanes.
-                    share = (mine.start / quota, mine.stop / quota) if quota % order.lanes == 0 else (0.0, 1.0)
+                    # Only where a batch is whole rounds of the lanes is a rank's share of it always of the same lanes.
+                    share = (
+                        (mine.start / quota, mine.stop / quota)
+                        if quota % order.lanes == position % order.lanes == 0
+                        else (0.0, 1.0)
+                    )
                     plans[n] = shards_ahead(order, *now, share)
                     self.readers[n].fetcher.plan("stream", plans[n])
             state = state | {"samples": state["samples"] + self.batch_size, "sets": sets}

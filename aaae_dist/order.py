@@ -9,16 +9,17 @@ from collections import OrderedDict
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Int32, Int64
+from jaxtyping import Int32, Int64, UInt64
 
 
 class Order:
     """The order of one epoch after another: (seed, epoch, position) -> (shard, sample in it).
 
-    The shards are permuted and laid end to end, the line is cut into `lanes` equal ones, and within a lane every
-    `window` samples, a *block*, are permuted. Position p is lane p mod lanes, offset p // lanes: a batch is gathered
-    from places far apart, while only the shards under one block of every lane are in play at a time. Fewer samples than
-    there are lanes are left out, other ones in every epoch.
+    The shards are permuted and laid end to end as a ring, which is opened at a random sample and cut into `lanes` equal
+    lanes; within a lane every `window` samples, a *block*, are permuted. Every `lanes` positions, a *round*, take one
+    sample of each lane, and the lanes in another order every time: a batch is gathered from places far apart, while
+    only the shards under one block of every lane are in play at a time. Fewer samples than there are lanes are left
+    out, other ones in every epoch.
     """
 
     def __init__(self, counts: Sequence[int], *, seed: int, lanes: int, window: int) -> None:
@@ -26,22 +27,23 @@ class Order:
         self.seed, self.lanes, self.window = seed, min(lanes, int(self.counts.sum())), window
         self.lane_length = int(self.counts.sum()) // self.lanes
         self.length = self.lane_length * self.lanes
-        self.lines: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()  # of the epochs last asked for
+        self.lines: OrderedDict[int, tuple[np.ndarray, np.ndarray, int]] = OrderedDict()  # of the epochs last asked for
         self.blocks: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
 
+    def draws(self, count: int, *key: int) -> UInt64[np.ndarray, " count"]:
+        """Random numbers that are a pure function of (seed, key). Philox's raw stream never changes with numpy."""
+        return np.random.Philox(np.random.SeedSequence(self.seed, spawn_key=key)).random_raw(count)
+
     def permutation(self, count: int, *key: int) -> Int32[np.ndarray, " count"]:
-        """A permutation that is a pure function of (seed, key).
+        """A permutation that is a pure function of (seed, key)."""
+        return self.draws(count, *key).argsort(kind="stable").astype(np.int32)
 
-        Philox's raw stream never changes between numpy versions.
-        """
-        draws = np.random.Philox(np.random.SeedSequence(self.seed, spawn_key=key)).random_raw(count)
-        return draws.argsort(kind="stable").astype(np.int32)
-
-    def line(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The shards of an epoch in their order, and where each ends on the line of all samples."""
+    def line(self, epoch: int) -> tuple[np.ndarray, np.ndarray, int]:
+        """The shards of an epoch in their order, where each ends on the ring, and where the ring is opened."""
         if epoch not in self.lines:
             shards = self.permutation(len(self.counts), epoch)
-            self.lines[epoch] = shards, self.counts[shards].cumsum()
+            ends = self.counts[shards].cumsum()
+            self.lines[epoch] = shards, ends, int(self.draws(1, epoch, 0)[0]) % int(ends[-1])
             while len(self.lines) > 3:
                 self.lines.popitem(last=False)
         return self.lines[epoch]
@@ -53,13 +55,17 @@ class Order:
             share: of them, for instance those of one rank.
         """
         offset, lane = np.divmod(np.arange(start, stop), self.lanes)
+        cut = {start // self.lanes, (stop - 1) // self.lanes} if start % self.lanes or stop % self.lanes else ()
+        for number in cut:  # what is of a whole round is of all lanes, whatever their order
+            here = offset == number
+            lane[here] = self.permutation(self.lanes, epoch, 1 + number)[lane[here]]
         chosen = lane.argsort(kind="stable")[share]
         lane, (block, inside) = lane[chosen], np.divmod(offset[chosen], self.window)
         for number in np.unique(block):
             here = block == number
             inside[here] = self.shuffled(epoch, int(number))[lane[here], inside[here]]
-        place = lane * self.lane_length + block * self.window + inside
-        shards, ends = self.line(epoch)
+        shards, ends, opened = self.line(epoch)
+        place = (opened + lane * self.lane_length + block * self.window + inside) % ends[-1]
         at = ends.searchsorted(place, side="right")
         return np.stack([shards[at], place - (ends - self.counts[shards])[at]], axis=1)
 
@@ -80,15 +86,16 @@ class Order:
 
     def in_play(self, epoch: int, block: int, share: tuple[float, float] = (0, 1)) -> list[int]:
         """The shards under a block of the lanes in this share of the batch; none behind an epoch's last block."""
-        shards, ends = self.line(epoch)
+        shards, ends, opened = self.line(epoch)
+        twice = np.concatenate([ends, ends[-1] + ends])  # a block may go round the ring's end
         first, last = int(share[0] * self.lanes), min(int(np.ceil(share[1] * self.lanes)), self.lanes)
         found: dict[int, None] = {}
         for lane in range(first, last):
             start = lane * self.lane_length + block * self.window
             stop = min(start + self.window, (lane + 1) * self.lane_length)
             if start < stop:
-                low, high = ends.searchsorted([start, stop - 1], side="right")
-                found |= dict.fromkeys(shards[low : high + 1].tolist())
+                low, high = twice.searchsorted([opened + start, opened + stop - 1], side="right")
+                found |= dict.fromkeys(shards[np.arange(low, high + 1) % len(shards)].tolist())
         return list(found)
 
     def after(self, batches: int, *, batch_size: int) -> tuple[int, int]:

@@ -24,6 +24,8 @@ def by_definition(counts, *, seed, lanes, window, epoch):
         return [value for _, value in sorted(zip(draws, values, strict=True))]
 
     line = [(shard, i) for shard in shuffled(range(len(counts)), epoch) for i in range(counts[shard])]
+    (drawn,) = np.random.Philox(np.random.SeedSequence(seed, spawn_key=(epoch, 0))).random_raw(1).tolist()
+    line = line[drawn % len(line) :] + line[: drawn % len(line)]
     lanes = min(lanes, len(line))
     length = len(line) // lanes
     paths = []
@@ -32,7 +34,7 @@ def by_definition(counts, *, seed, lanes, window, epoch):
         blocks = [own[start : start + window] for start in range(0, length, window)]
         order = (shuffled(range(len(block)), epoch, lane, b) for b, block in enumerate(blocks))
         paths.append([block[i] for block, chosen in zip(blocks, order, strict=True) for i in chosen])
-    return [paths[p % lanes][p // lanes] for p in range(lanes * length)]
+    return [paths[lane][r] for r in range(length) for lane in shuffled(range(lanes), epoch, 1 + r)]
 
 
 @pytest.mark.parametrize("counts", SPLITS)
@@ -60,22 +62,22 @@ def test_a_slice_holds_its_positions_whatever_was_asked_before(counts):
 
 def test_values_never_change():
     assert listed(Order([3, 4, 2], seed=7, lanes=2, window=3), 1, 0, 8) == [
-        (2, 0),
-        (0, 0),
-        (2, 1),
-        (0, 1),
+        (0, 2),
         (1, 1),
         (1, 0),
-        (0, 2),
         (1, 2),
+        (2, 1),
+        (2, 0),
+        (1, 3),
+        (0, 0),
     ]
     assert listed(Order([1000] * 6, seed=2**33, lanes=16, window=64), 10**5, 1700, 1706) == [
-        (0, 567),
-        (0, 959),
-        (4, 353),
-        (4, 740),
-        (2, 113),
-        (2, 453),
+        (3, 972),
+        (2, 602),
+        (2, 975),
+        (5, 105),
+        (5, 455),
+        (5, 846),
     ]
 
 
@@ -128,6 +130,23 @@ def test_batches_of_class_sorted_shards_are_as_mixed_as_by_a_full_permutation(la
             shares.append(np.bincount(found, minlength=classes) / size)
     ideal = (0.1 * 0.9 / size * (60_000 - size) / (60_000 - 1)) ** 0.5
     assert (np.std(shares, axis=0).mean() / ideal < 1.1) == good  # less: a lane is a stratum
+
+
+@pytest.mark.parametrize("size", [4, 8, 24])
+def test_batches_that_are_no_multiple_of_the_lanes_are_as_mixed_too(size):
+    """Two shards of one class each: the lanes' own order would give one class a batch."""
+    order = Order([800, 800], seed=0, lanes=16, window=65_536)
+    starts = [(epoch, start) for epoch in range(20) for start in range(0, order.length - size + 1, size)]
+    shares = [(order.samples(epoch, start, start + size)[:, 0] == 0).mean() for epoch, start in starts]
+    ideal = (0.25 / size * (1600 - size) / (1600 - 1)) ** 0.5
+    assert np.std(shares) / ideal < 1.1
+
+
+@pytest.mark.parametrize("counts", [[24], [7, 10], [1] * 17])
+def test_every_sample_comes_in_some_epoch(counts):
+    order = Order(counts, seed=0, lanes=16, window=65_536)
+    seen = {sample for epoch in range(40) for sample in listed(order, epoch, 0, order.length)}
+    assert len(seen) == sum(counts)
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 7, 8])
