@@ -83,6 +83,8 @@ def train(arguments: argparse.Namespace) -> None:
             "training.patience; the same command again goes on from the last checkpoint"
         ) from error
     leave()
+    if stop.signal == signal.SIGINT:
+        raise KeyboardInterrupt
 
 
 def evaluate(arguments: argparse.Namespace) -> None:

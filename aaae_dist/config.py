@@ -59,7 +59,8 @@ class Data(Section):
     size: Annotated[int, Field(ge=1, le=4_096)]
     """Height and width of the images in pixels. Must be what the index says, or less with `crop`."""
     workers: Annotated[int, Field(ge=0, le=256)] = 2
-    """Processes of each rank that fetch and decode ahead; 0 does it in the step. The order does not depend on it."""
+    """Processes of each rank that fetch and decode ahead; 0 does it in the step. The order does not depend on it. What
+    takes no more than 64 MB decoded is decoded once, and needs none."""
     lanes: Size = 16
     """Places of the data set that every batch is gathered from. A part of the order: keep it to continue a run."""
     window: Count = 65_536
@@ -76,8 +77,8 @@ class Data(Section):
     """Folder of this node for shards fetched from an object store; empty: the user's cache folder."""
     cache_gb: Positive = 20.0
     """Gigabytes (10^9 bytes) that the cache may hold, over all runs; the least recently used shards make room."""
-    patience: Annotated[float, Field(ge=15)] = 120.0
-    """Seconds within which a store that fails must recover, or the run ends; one silent attempt takes ten of them."""
+    patience: Positive = 120.0
+    """Seconds within which a store that fails must recover, or the run ends. An unanswered request takes ten."""
 
 
 class Model(Section):

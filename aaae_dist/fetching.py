@@ -57,6 +57,11 @@ class Fetcher:
         self.local = [storage.is_local(url) for url in self.urls]
         home = Path(data.cache or os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
         self.cache = Cache(home / "aaae_dist", limit=int(data.cache_gb * 1e9))
+        if not all(self.local):
+            if not storage.is_local(data.cache):
+                raise UserError(f"data.cache {data.cache}: not a folder of this machine; name one")
+            with storage.explained(f"data.cache {home}"):
+                self.cache.folder.mkdir(parents=True, exist_ok=True)
 
         self.files: dict[int, Opened] = {}  # opened shards
         self.offsets: dict[int, Offsets] = {}

@@ -1,6 +1,7 @@
 """Image files and pixels: decode, fit to a size, encode."""
 
 import io
+import re
 
 import numpy as np
 import simplejpeg
@@ -26,7 +27,7 @@ def decode(data: bytes) -> np.ndarray:
             raise ValueError(f"{image.width} x {image.height} pixels, more than {LARGEST:,}")
         return np.asarray(eight_bits(ImageOps.exif_transpose(image)))
     except Exception as error:  # at damaged metadata PIL lets struct.error, TypeError, AttributeError and more through
-        raise ValueError(storage.one_line(error)) from error
+        raise ValueError(why(error)) from error
 
 
 def decode_into(pixels: UInt8[np.ndarray, "height width channels"], data: bytes) -> None:
@@ -48,7 +49,12 @@ def decode_into(pixels: UInt8[np.ndarray, "height width channels"], data: bytes)
         refuse_other_size(image.size, (width, height))
         pixels[:] = np.asarray(eight_bits(image).convert("L" if channels == 1 else "RGB")).reshape(pixels.shape)
     except Exception as error:  # as in `decode`
-        raise ValueError(storage.one_line(error)) from error
+        raise ValueError(why(error)) from error
+
+
+def why(error: Exception) -> str:
+    """What PIL says is wrong, without the address in memory that it says too."""
+    return re.sub(r" <\S+ object at 0x\w+>", "", storage.one_line(error))
 
 
 def eight_bits(image: Image.Image) -> Image.Image:

@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from contextlib import closing
 from typing import NamedTuple
 
+import numpy as np
+from jaxtyping import Int64
 from PIL import Image
 
 from aaae_dist import storage
 from aaae_dist.errors import UserError
-from aaae_dist.images import is_grey
+from aaae_dist.images import is_grey, why
 from aaae_dist.names import files_below
 from aaae_dist.passes import Pass
 from aaae_dist.preparation import HELD_OUT, hold_out, put
@@ -19,6 +21,8 @@ from aaae_dist.shards import INDEX, LABEL, SPLITS, Index, Shard, image_of, named
 from aaae_dist.tars import Offsets, members_of, scan
 
 log = logging.getLogger(__name__)
+
+UNLABELLED = 0.01  # share of the samples up to which a missing label is a fault; above, a choice
 
 MOST_CLASSES = 1 << 16
 
@@ -29,7 +33,9 @@ class Survey(NamedTuple):
     offsets: Offsets
     sizes: dict[tuple[int, int], str]  # (width, height) -> key of the first image that has it
     grey: bool  # every image
-    labels: set[bytes] | None  # None: not every sample has one
+    labels: set[bytes]
+    unlabelled: int  # samples
+    keys: Int64[np.ndarray, " samples"]  # hashes of them
     bad: list[str]  # keys of samples without an image that can be opened, and why
 
 
@@ -82,6 +88,11 @@ def index(url: str, *, out: str, held_out: float | None, workers: int) -> Index:
     bad = [reason for found in surveys for reason in found.bad]
     if not sizes:
         raise UserError(f"{url}: no image in its {len(tars)} tars ({', '.join(bad[:1]) or 'they are empty'})")
+    keys = np.concatenate([found.keys for found in surveys])
+    if alike := len(keys) - len(np.unique(keys)):
+        log.warning(
+            "%s: %d of %d samples have the key of another one; nothing will tell them apart", url, alike, len(keys)
+        )
     if bad:
         log.warning("%s: %d samples without an image that can be opened, first %s", url, len(bad), bad[0])
     made = Index(
@@ -89,7 +100,7 @@ def index(url: str, *, out: str, held_out: float | None, workers: int) -> Index:
         channels=1 if all(found.grey for found in surveys) else 3,
         height=next(iter(sizes))[1],
         width=next(iter(sizes))[0],
-        classes=classes([found.labels for found in surveys], url=url),
+        classes=classes(surveys, url=url),
         attributes=[],
         shards=sorted((shard for shard in shards if shard.samples), key=lambda shard: SPLITS.index(shard.split)),
     )
@@ -140,9 +151,10 @@ def survey(data: bytes, *, place: str) -> Survey:
                 sizes.setdefault(image.size, key)
                 grey = grey and is_grey(image)
         except Exception as error:  # at damaged files PIL lets struct.error, TypeError and more through
-            bad.append(f"{place} {key}: {storage.one_line(error)}")
-    labels = {members[LABEL].strip() for members in samples if LABEL in members}
-    return Survey(offsets, sizes, grey, labels if all(LABEL in members for members in samples) else None, bad)
+            bad.append(f"{place} {key}: {why(error)}")
+    labels = [members[LABEL].strip() for members in samples if LABEL in members]
+    hashes = np.array([hash(key) for key in keys], np.int64)
+    return Survey(offsets, sizes, grey, set(labels), len(samples) - len(labels), hashes, bad)
 
 
 def refuse_other_sizes(sizes: dict[tuple[int, int], str], *, url: str) -> None:
@@ -155,18 +167,26 @@ def refuse_other_sizes(sizes: dict[tuple[int, int], str], *, url: str) -> None:
         raise UserError(f"{url}: {found[0]} pixels, not square; {remedy}")
 
 
-def classes(labels: Sequence[set[bytes] | None], *, url: str) -> list[str]:
-    """Names of the classes, which are numbers from 0; none if a sample has no label.
+def classes(surveys: Sequence[Survey], *, url: str) -> list[str]:
+    """Names of the classes, which are numbers from 0; none if more than a few samples have no label.
 
     Raises:
         UserError: a label is no such number.
     """
-    if None in labels:
+    labels = set().union(*(found.labels for found in surveys))
+    samples, unlabelled = (sum(len(found.keys) for found in surveys), sum(found.unlabelled for found in surveys))
+    if not labels:
         return []
-    for text in sorted(set().union(*(some for some in labels if some))):
+    few = unlabelled <= UNLABELLED * samples
+    if unlabelled:
+        done = "they will be passed over as unreadable" if few else "indexed as without classes"
+        log.warning("%s: %d of %d samples have no member `%s`: %s", url, unlabelled, samples, LABEL, done)
+    if not few:
+        return []
+    for text in sorted(labels):
         if not text.isdigit() or len(text) > 5 or int(text) >= MOST_CLASSES:
             raise UserError(
                 f"{url}: a member `{LABEL}` says {text.decode(errors='replace')!r}, not a class from 0 to "
                 f"{MOST_CLASSES - 1}; number them with `aaae prepare tar {url} --size N --out OUT`"
             )
-    return [str(number) for number in range(1 + max(int(text) for some in labels if some for text in some))]
+    return [str(number) for number in range(1 + max(map(int, labels)))]

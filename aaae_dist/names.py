@@ -20,7 +20,9 @@ def files_below(url: str) -> list[str]:
     if storage.is_local(url):
         with storage.explained(url):
             root = str(storage.local_path(url))
-            paths = list(walk(root)) if os.path.isdir(root) else []
+            if not os.path.isdir(root):
+                raise UserError(f"{url}: no such folder; correct the URL")
+            paths = list(walk(root))
     else:
         root = storage.locate(url)[1]
         paths = storage.persistently(url, lambda store, path: list(map(str, store.find(path))))

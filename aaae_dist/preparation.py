@@ -110,10 +110,11 @@ def prepare(
         raise UserError(f"{name}: no images; check the files")
     portions = divide(source, name=name, held_out=held_out, samples_per_shard=samples_per_shard, seed=seed)
     there = storage.listing(out)
-    unfinished = UNFINISHED + fingerprint(source, recipe, portions, origin=origin)
-    if INDEX in there and unfinished in there:  # cut short at the very end
+    made = fingerprint(source, recipe, portions, origin=origin)
+    unfinished = UNFINISHED + made
+    if INDEX in there and (index := read_index(out)).made == made:  # done before, but perhaps for the last of it
         storage.remove(storage.join(out, unfinished))
-        return read_index(out)
+        return index
     refuse_others(out, there, unfinished)
     clear(out, there, [name for portion in portions for name in (f"{portion.name}.tar", f"{portion.name}.offsets")])
 
@@ -152,6 +153,7 @@ def prepare(
         classes=list(source.classes),
         attributes=list(source.attributes),
         shards=shards,
+        made=made,
     )
     storage.write_json(storage.join(out, INDEX), index.model_dump())
     storage.remove(storage.join(out, unfinished))
@@ -196,7 +198,7 @@ def hold_out(keys: Sequence[str], *, share: float, seed: int, what: str) -> list
         least = np.ceil(min(places) * 1000 + 1e-9) / 1000
         raise UserError(
             f"--held-out {share:g}: it holds out none of the {len(keys)} {what}, which their names decide; the least "
-            f"that does is {least:g}"
+            f"that does is {least:g}, and 0 holds out none"
         )
     return splits
 
@@ -306,7 +308,10 @@ def clear(out: str, there: dict[str, int], shards: Sequence[str]) -> None:
 def refuse_others(out: str, there: dict[str, int], unfinished: str) -> None:
     """Raise a UserError if `out` holds a data set, or an unfinished one that is not this one."""
     if INDEX in there:
-        raise UserError(f"{out}: it already holds a data set; remove it first, or choose another --out")
+        raise UserError(
+            f"{out}: it already holds a data set, of other images or made with other options; choose another --out, or "
+            "remove that one if nobody needs it"
+        )
     if other := next((name for name in there if name.startswith(UNFINISHED) and name != unfinished), None):
         raise UserError(
             f"{storage.join(out, other)}: left by an unfinished preparation of other images or with other options; "

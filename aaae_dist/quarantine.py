@@ -10,18 +10,18 @@ QUARANTINE = "quarantine.jsonl"
 
 
 class Quarantine:
-    """What is listed, the same on every rank; rank 0 writes."""
+    """What is listed, the same on every rank."""
 
     def __init__(self, run: str) -> None:
         self.url = storage.join(run, QUARANTINE)
         lines = storage.read(self.url).decode().split("\n") if storage.exists(self.url) else []
         self.samples = dict.fromkeys(Bad(**json.loads(line)) for line in lines if line)
 
-    def add(self, samples: Iterable[Bad]) -> None:
-        """List samples, each once."""
+    def add(self, samples: Iterable[Bad], *, alone: bool = False) -> None:
+        """List samples, each once. Rank 0 writes, or a rank for which the run ends before the others hear of them."""
         known = len(self.samples)
         self.samples |= dict.fromkeys(samples)
-        if len(self.samples) > known and distributed.rank() == 0:
+        if len(self.samples) > known and (alone or distributed.rank() == 0):
             lines = (json.dumps(sample._asdict()) for sample in self.samples)
             storage.write(self.url, "".join(f"{line}\n" for line in lines).encode())
 

@@ -57,7 +57,7 @@ class Reader:
             UserError: it is not.
         """
         self.data, self.url, self.split = data, url or data.url, split
-        self.index = index or read_index(self.url)
+        self.index = index or read_index(self.url, patience=data.patience)
         self.shards = [shard for shard in self.index.shards if shard.split == split]
         if not index:
             check(self.index, data=data, url=self.url, split=split)
@@ -183,15 +183,15 @@ def check(index: Index, *, data: Data, url: str, split: str) -> None:
     chosen = [shard for shard in index.shards if shard.split == split]
     if not sum(shard.samples for shard in chosen):
         raise UserError(f'{place}: split "{split}" is empty; prepare the data set anew')
-    refuse_incomplete(url, chosen)
+    refuse_incomplete(url, chosen, patience=data.patience)
 
 
-def refuse_incomplete(url: str, shards: Sequence[Shard]) -> None:
+def refuse_incomplete(url: str, shards: Sequence[Shard], *, patience: float) -> None:
     """Raise a UserError unless all shards are there, as long as the index says, as far as one listing tells."""
     there: dict[str, int] = {}
     if not url.startswith(("http://", "https://")):  # a web page is no listing
         try:
-            there = storage.listing(url)
+            there = storage.listing(url, patience=patience)
         except UserError as problem:
             if not isinstance(problem.__cause__, PermissionError):  # who may read need not be allowed to list
                 raise

@@ -46,6 +46,7 @@ class Index(BaseModel):
     classes: list[str]
     attributes: list[str]
     shards: list[Shard]
+    made: str = ""  # fingerprint of what `aaae prepare` made it of; empty: other tars were indexed
 
 
 def url_of(url: str, name: str) -> str:
@@ -53,20 +54,23 @@ def url_of(url: str, name: str) -> str:
     return name if re.match(r"/|[\w+.-]+://", name) else storage.join(url, name)
 
 
-def read_index(url: str) -> Index:
+def read_index(url: str, *, patience: float | None = None) -> Index:
     """The index of a prepared data set.
+
+    Args:
+        patience: seconds within which a store that fails must recover.
 
     Raises:
         UserError: there is none, or it is damaged.
     """
     file = storage.join(url, INDEX)
     try:
-        index = Index.model_validate(storage.read_json(file))
+        index = Index.model_validate(storage.read_json(file, patience=patience))
     except UserError as problem:
         if not isinstance(problem.__cause__, FileNotFoundError):
             raise
         raise UserError(
-            f"{file}: no such file; prepare a data set with `aaae prepare SOURCE --out {url}`, or correct data.url"
+            f"{file}: no such file; prepare a data set with `aaae prepare SOURCE --out {url}`, or correct the URL"
         ) from None
     except ValidationError as error:
         problem = error.errors()[0]

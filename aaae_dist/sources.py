@@ -2,6 +2,7 @@
 
 import errno
 import json
+import logging
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from itertools import accumulate
@@ -18,6 +19,8 @@ from aaae_dist.images import EXTENSIONS, decode
 from aaae_dist.names import check_labels, classify, distinct, files_below, read_labels
 from aaae_dist.shards import ATTRIBUTES, INDEX, LABEL, image_of, named_split
 from aaae_dist.tars import Offsets, members_of, read_sample, scan
+
+log = logging.getLogger(__name__)
 
 
 class Source(NamedTuple):
@@ -73,6 +76,8 @@ def mnist(url: str, *, labels: str = "") -> Source:
             if len(parts[-1][1]) != len(parts[-1][2]):
                 counts = f"{len(parts[-1][1])} images but {len(parts[-1][2])} labels"
                 raise UserError(f"{images}: {counts}; download both files again")
+            if (most := parts[-1][2].max(initial=0)) > 9:
+                raise UserError(f"{numbers}: a label is {most}, not 0 to 9; download it again")
     if not parts:
         raise UserError(
             f"{url}: no MNIST here; it must hold train-images-idx3-ubyte and train-labels-idx1-ubyte, or the t10k- "
@@ -253,6 +258,8 @@ def tar(url: str, *, labels: str = "") -> Source:
         return decode(image_of(read_sample(storage.read(storage.join(url, tars[number]), begin, end))[1]))
 
     classes, numbers = ([], None) if None in texts else classify(texts)
+    if 0 < (unlabelled := texts.count(None)) < len(texts):
+        log.warning("%s: %d of %d samples have no `%s`: taken as without classes", url, unlabelled, len(texts), LABEL)
     if set(classes) <= {str(i) for i in range(len(known["classes"]))} and numbers:
         classes, numbers = known["classes"], [int(text) for text in texts]
     attributes = known["attributes"] if None not in rows else []

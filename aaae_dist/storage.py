@@ -135,7 +135,13 @@ def reason(error: BaseException) -> str:
         "ClientConnectorError",
     ) or isinstance(error, (ConnectionError, TimeoutError)):
         return "the store does not answer; check that it is up and that AWS_ENDPOINT_URL, if set, is right"
-    if code == errno.EBUSY:
+    if code == errno.EMFILE:
+        return "too many open files; raise the limit of this process, `ulimit -n`"
+    if code == errno.ENOTEMPTY:
+        return "another process is at work there; wait for it, or choose another place"
+    if "Invalid bucket name" in text:
+        return "no name that a bucket may have; correct the URL"
+    if code == errno.EBUSY or getattr(error, "status", None) in (429, 503):
         return "the store is overloaded; try again later, or with fewer processes"
     if name in ("ClientPayloadError", "IncompleteReadError", "ResponseStreamingError", "ConnectionClosedError"):
         return "the connection was cut amid an answer; check the network and the store"
@@ -193,15 +199,16 @@ def persistently(
     with explained(url):
         while True:
             store, path = locate(url)
+            started = time.monotonic()
             try:
                 return call(store, path)
             except Exception as error:
                 attempts += 1
                 pause = min(0.05 * 2**attempts, 2.0) * random.uniform(0.5, 1.0)  # noqa: S311  no secret
-                spent = time.monotonic() - began
+                spent, took = time.monotonic() - began, time.monotonic() - started
                 if is_local(url) or not may_pass(error):
                     raise
-                if spent + pause + SILENCE > limit:
+                if spent + pause + took > limit:  # what fails as it did before would fail too late
                     tried = f" ({attempts} attempts in {spent:.0f} s)" if attempts > 1 else ""
                     raise UserError(f"{url}: {reason(error)}{tried}") from error
                 if spent > 3 and not told:
@@ -230,15 +237,15 @@ def read(url: str, start: int | None = None, stop: int | None = None, *, patienc
     return persistently(url, attempt, patience=patience)
 
 
-def read_json(url: str) -> Any:
-    data = read(url)
+def read_json(url: str, *, patience: float | None = None) -> Any:
+    data = read(url, patience=patience)
     try:
         return json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise UserError(f"{url}: not JSON ({len(data)} bytes); it is damaged or not what it should be") from None
 
 
-def listing(url: str) -> dict[str, int]:
+def listing(url: str, *, patience: float | None = None) -> dict[str, int]:
     """Names of what is right below a URL with sizes in bytes, sorted; none if there is no such folder."""
 
     def attempt(store: fsspec.AbstractFileSystem, path: str) -> dict[str, int]:
@@ -253,11 +260,13 @@ def listing(url: str) -> dict[str, int]:
         }
         return dict(sorted(sizes.items()))
 
-    return persistently(url, attempt)
+    return persistently(url, attempt, patience=patience)
 
 
 def write(url: str, data: bytes) -> None:
     """Write a file whole or not at all, durably; an older one of that name stays until the new one is complete."""
+    if url.startswith(("http://", "https://")):
+        raise UserError(f"{url}: a web server is read, not written; choose a folder or an object store")
 
     def upload(store: fsspec.AbstractFileSystem, path: str) -> None:
         store.pipe_file(path, data)

@@ -62,19 +62,22 @@ def scan(data: bytes) -> tuple[Offsets, list[str]]:
     Raises:
         ValueError: it is not a tar, or cut short.
     """
-    starts, keys, end = [], [], 0
+    starts, keys, end, last = [], [], 0, 0
     try:
         with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
             for member in tar:
+                last = member.offset_data + (-(-member.size // BLOCK) * BLOCK if member.isfile() else 0)
                 key, extension = split_name(member.name)
                 if not member.isfile() or not extension:
                     continue
                 if not keys or keys[-1] != key:
                     starts.append(member.offset)
                     keys.append(key)
-                end = member.offset_data + -(-member.size // BLOCK) * BLOCK
+                end = last
     except tarfile.TarError as error:
         raise ValueError(f"not a tar file: {error}") from None
+    if data[last : last + BLOCK] != bytes(BLOCK):
+        raise ValueError(f"cut short: {len(data)} bytes, without the empty block at a tar's end")
     bounds = [*starts, end]
     checksums = [zlib.crc32(data[a:b]) for a, b in pairwise(bounds)]
     return Offsets([bound // BLOCK for bound in bounds], checksums), keys

@@ -22,7 +22,7 @@ from aaae_dist.interval import Interval
 from aaae_dist.progress import Progress
 from aaae_dist.quarantine import Quarantine
 from aaae_dist.randomness import sample_keys
-from aaae_dist.reader import Reader
+from aaae_dist.reader import Bad, Reader
 from aaae_dist.schedule import averaging_rate, learning_rate
 from aaae_dist.stopping import StopRequest
 from aaae_dist.tracking import NoTracker, Tracker, is_unfinished
@@ -123,6 +123,16 @@ class Trainer:
                 if self.due(config.checkpoint.every) or self.stopping:
                     self.save()
             status = "KILLED" if self.images < config.training.images else "FINISHED"
+            if status == "KILLED":
+                log.info(
+                    "%s: stopped as asked, after %s of %s images; the same command again goes on from there",
+                    self.run,
+                    f"{self.images:,}",
+                    f"{config.training.images:,}",
+                )
+        except UserError:
+            self.quarantine.add(self.met(), alone=True)
+            raise
         finally:
             self.progress.close()
             self.tracker.close(status)
@@ -266,11 +276,14 @@ class Trainer:
         Raises:
             UserError: more than `data.bad_share` allows.
         """
-        met = [sample for reader in (*self.readers, self.held_out) for sample in reader.bad.values()]
-        self.quarantine.add([sample for part in distributed.gather(met) for sample in part])
+        self.quarantine.add([sample for part in distributed.gather(self.met()) for sample in part])
         for reader in self.readers:
             reader.refuse_too_many(len(self.quarantine.of(reader.fetcher.urls)))
         return len(self.quarantine.samples)
+
+    def met(self) -> list[Bad]:
+        """The bad samples that this rank met."""
+        return [sample for reader in (*self.readers, self.held_out) for sample in reader.bad.values()]
 
     def draw(self) -> None:
         """A picture of samples of fixed noise and of fixed reconstructions. No collectives: rank 0 draws."""

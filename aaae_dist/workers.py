@@ -11,6 +11,7 @@ import logging
 import math
 import mmap
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -34,6 +35,7 @@ from aaae_dist.reader import Bad, Reader, Told
 from aaae_dist.shards import Index
 
 TRAINERS_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+SILENCE = 60.0  # seconds, on top of what a store may take, after which a worker that does not answer is given up
 AHEAD = 2  # batches that a worker is asked for before the first is taken
 
 
@@ -100,24 +102,32 @@ class Crew:
             ],
         }
         line = [sys.executable, "-m", "aaae_dist.workers"]
-        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "encoding": "utf-8"}
-        self.workers: list[subprocess.Popen[str]] = []
+        self.workers: list[subprocess.Popen[bytes]] = []
         earlier = signal.pthread_sigmask(signal.SIG_BLOCK, TRAINERS_SIGNALS)  # they inherit it
         try:
             for _ in range(workers):
-                self.workers.append(subprocess.Popen(line, **pipes, pass_fds=[descriptor], start_new_session=True))
+                self.workers.append(
+                    subprocess.Popen(
+                        line,
+                        stdin=subprocess.PIPE,
+                        stdout=subprocess.PIPE,
+                        pass_fds=[descriptor],
+                        start_new_session=True,
+                    )
+                )
         except OSError as error:
             self.dismiss()
             raise UserError(f"data.workers {workers}: {storage.one_line(error)}; lower it") from None
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, earlier)
             os.close(descriptor)
+        self.said = {worker.pid: b"" for worker in self.workers}  # what was read and not yet taken
         for worker in self.workers:
             self.send(worker, setup)
 
     def answers(self, requests: Iterator[Request]) -> Iterator[Answer]:
         """Answers in the order of the requests. The first is given here, while the workers come to life."""
-        waiting: deque[tuple[subprocess.Popen[str], int]] = deque()
+        waiting: deque[tuple[subprocess.Popen[bytes], int]] = deque()
         turns = cycle(self.workers)
         try:
             first = next(requests)
@@ -139,10 +149,9 @@ class Crew:
         finally:
             self.dismiss()
 
-    def take(self, worker: subprocess.Popen[str], slot: int) -> Answer:
+    def take(self, worker: subprocess.Popen[bytes], slot: int) -> Answer:
         """A worker's next answer. Its slot is used again when nobody holds the pixels any more."""
-        assert worker.stdout
-        line = worker.stdout.readline()
+        line = self.line(worker)
         if not line:
             code, why = worker.wait(), "; it said why"
             if code == -signal.SIGKILL:
@@ -162,10 +171,28 @@ class Crew:
             weakref.finalize(pixels, self.free.append, slot)
         return Answer(pixels, Told(*answer["told"]))
 
-    def send(self, worker: subprocess.Popen[str], message: dict[str, Any]) -> None:
+    def line(self, worker: subprocess.Popen[bytes]) -> bytes:
+        """The next line of a worker; empty: it ended."""
+        assert worker.stdout
+        said, limit = self.said[worker.pid], max(reader.data.patience for reader in self.readers) + SILENCE
+        poll = select.poll()
+        poll.register(worker.stdout, select.POLLIN)
+        while b"\n" not in said:
+            if not poll.poll(1000 * limit):
+                raise UserError(
+                    f"data.workers {len(self.workers)}: process {worker.pid} has not answered for {limit:.0f} s; see "
+                    "what holds it, such as a disk that hangs, and give the same command again"
+                )
+            if not (part := os.read(worker.stdout.fileno(), 1 << 16)):
+                return b""
+            said += part
+        line, _, self.said[worker.pid] = said.partition(b"\n")
+        return bytes(line)
+
+    def send(self, worker: subprocess.Popen[bytes], message: dict[str, Any]) -> None:
         assert worker.stdin
         with suppress(BrokenPipeError):  # it died; `take` tells
-            worker.stdin.write(json.dumps(message) + "\n")
+            worker.stdin.write(json.dumps(message).encode() + b"\n")
             worker.stdin.flush()
 
     def dismiss(self) -> None:
@@ -216,7 +243,10 @@ def work() -> NoReturn:
         ]
         for number, shard, index, _ in bad:
             met[number].add((shard, index))
-        print(json.dumps({"told": told, "bad": bad, "error": error}), flush=True)
+        try:
+            print(json.dumps({"told": told, "bad": bad, "error": error}), flush=True)
+        except BrokenPipeError:  # the trainer is gone
+            os._exit(0)
 
 
 if __name__ == "__main__":

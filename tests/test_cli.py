@@ -498,8 +498,9 @@ def test_an_interrupted_training_saves_and_ends_quietly(tiny: Path, tmp_path: Pa
         assert "of 100,000,000 images" in training.stderr.readline()
         training.send_signal(signal.SIGINT)
         said = training.stderr.read()
-        assert (training.wait(60), training.stdout.read()) == (0, "")
+        assert (training.wait(60), training.stdout.read()) == (130, "")
         assert "Traceback" not in said
+        assert re.search(r"/new: stopped as asked, after [\d,]+ of 100,000,000 images; the same command again", said)
     assert len(list((tmp_path / "new" / "checkpoints").glob("*/COMPLETE"))) == 1
 
 

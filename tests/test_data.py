@@ -235,6 +235,18 @@ def test_a_dead_worker_is_one_line(many):
             next(stream)
 
 
+def test_a_worker_that_is_stopped_is_one_line(many, monkeypatch):
+    monkeypatch.setattr("aaae_dist.workers.SILENCE", 0.5)
+    stream = iter(Stream([reader(many, keep=False, patience=1.5)], **USUAL, workers=1))
+    next(stream)
+    (worker,) = data_workers()
+    worker.suspend()
+    with refused(rf"data\.workers 1: process {worker.pid} has not answered for 2 s; see what holds it"):
+        for _ in range(10):
+            next(stream)
+    assert not worker.is_running()
+
+
 def test_workers_that_cannot_be_started_are_one_line(many, monkeypatch):
     started, original = [], subprocess.Popen
 

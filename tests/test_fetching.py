@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import resource
+import time
 from collections import deque
 from collections.abc import Iterator
 from http.server import SimpleHTTPRequestHandler
@@ -151,6 +152,29 @@ def test_there_may_be_more_shards_than_files_a_process_may_usually_open(small):
         assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] >= 276
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.parametrize(("cache", "line"), [("s3://bucket/cache", "not a folder of this machine"), ("file/x", ".*; ")])
+def test_a_cache_that_cannot_be_is_one_line(small, tmp_path, cache, line):
+    (tmp_path / "file").write_bytes(b"")
+    cache = cache if "://" in cache else f"{tmp_path}/{cache}"
+    with refused(f"data.cache {cache}: {line}"):
+        reader(copied(small, "memory://cache"), cache=cache)
+    reader(small, cache=cache)  # needs none
+
+
+def test_an_index_that_does_not_come_is_waited_for_as_long_as_the_settings_say(small):
+    class Busy(SimpleHTTPRequestHandler):
+        def parse_request(self) -> bool:
+            if super().parse_request():
+                self.send_error(503)
+            return False
+
+    with servers.files(Path(small), Busy) as url:
+        began = time.monotonic()
+        with refused(rf"{url}/index.json: the store is overloaded; .* \(\d attempts in \d s\)"):
+            reader(url, patience=1.5)
+        assert 0.5 < time.monotonic() - began < 20
 
 
 # --- plans

@@ -171,6 +171,41 @@ def test_classes_are_the_labels_if_all_samples_have_one(tmp_path, labels, classe
     assert indexed(tmp_path).classes == classes
 
 
+def test_a_tar_that_was_cut_anywhere_is_refused(tmp_path):
+    """At a member's end it is a whole tar, but for the empty blocks that every writer puts behind the last."""
+    whole = tar({f"{i}": sample(cls=b"1") for i in range(4)}, folders=True)
+    end = len(whole.rstrip(b"\0")) // 512 * 512 + 512
+    for cut in [*range(512, end + 1, 512), end - 100, end + 100]:
+        write(tmp_path, {"train.tar": whole[:cut]})
+        with refused(f"{tmp_path}/train.tar: .*; bring it anew, or remove it$"):
+            indexed(tmp_path, tmp_path / "out")
+    write(tmp_path, {"train.tar": whole[: end + 512]})
+    assert indexed(tmp_path, tmp_path / "out").shards[0].samples == 4
+
+
+@pytest.mark.parametrize(("unlabelled", "kept"), [(0, True), (1, True), (2, False), (100, True), (99, False)])
+def test_samples_without_a_label_are_told_of(tmp_path, caplog, unlabelled, kept):
+    """One in a hundred is a fault, which reading will find; more are a choice."""
+    image = sample(size=(8, 8))
+    write(
+        tmp_path, {"train.tar": tar({f"{i}": image | ({"cls": b"1"} if i >= unlabelled else {}) for i in range(100)})}
+    )
+    made = indexed(tmp_path)
+    assert made.classes == (["0", "1"] if kept and unlabelled < 100 else [])
+    told = [message for message in caplog.messages if "samples have no member `cls`" in message]
+    assert len(told) == (0 < unlabelled < 100)
+    assert all(f"{unlabelled} of 100" in message for message in told)
+
+
+def test_keys_that_are_not_unique_are_told_of(tmp_path, caplog):
+    both = tar({"a": sample(), "b": sample()})
+    write(tmp_path, {"train-0.tar": both, "train-1.tar": both, "train-2.tar": tar({"c": sample()})})
+    indexed(tmp_path)
+    assert [message.partition(": ")[2] for message in caplog.messages] == [
+        "2 of 5 samples have the key of another one; nothing will tell them apart"
+    ]
+
+
 GOOD = tar({"good": sample()})
 REMEDY = r"`aaae prepare tar {url} --size N --out OUT`$"
 

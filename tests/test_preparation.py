@@ -161,7 +161,7 @@ def test_a_share_that_leaves_a_split_empty_names_one_that_does_not(tmp_path):
         r"--held-out 0.0001: it holds out none of the 9 images, which their names decide; the least"
     ) as caught:
         prepared(noise(9), tmp_path, held_out=0.0001)
-    least = float(str(caught.value).rpartition(" ")[2])
+    least = float(re.search(r"that does is (\S+), and 0 holds out none$", str(caught.value))[1])
     with refused("--held-out 0.99999: it leaves none of the 9 images to train on; lower it$"):
         prepared(noise(9), tmp_path, held_out=0.99999)
     assert list(tmp_path.iterdir()) == []
@@ -237,9 +237,20 @@ def test_a_place_that_holds_a_data_set_is_refused_and_untouched(tmp_path, reques
     out = {"local": str(tmp_path), "memory": f"memory://{tmp_path}"}.get(kind) or request.getfixturevalue("s3")
     prepared(noise(9), out)
     before = contents(out)
-    with refused(f"{out}/: it already holds a data set; remove it first, or choose another --out$"):
-        prepared(noise(9), out + "/", seed=1)
+    for change in ({"seed": 1}, {"held_out": 2}, {"format": "jpg"}):
+        with refused(
+            f"{out}/: it already holds a data set, of other images or made with other options; choose another"
+        ):
+            prepared(noise(9), out + "/", **change)
     assert contents(out) == before
+
+
+def test_what_is_done_is_not_done_again(tmp_path, monkeypatch):
+    made = prepared(noise(9), str(tmp_path))
+    before = contents(str(tmp_path))
+    monkeypatch.setattr(storage, "write", None)
+    assert prepared(noise(9), str(tmp_path)) == made
+    assert contents(str(tmp_path)) == before
 
 
 @pytest.mark.parametrize("name", ["train-000001.tar", "test-000000.offsets", REJECTS])

@@ -38,6 +38,7 @@ def test_index_says_what_the_shards_hold(digits):
         (lambda text: b"[]", "the whole: input should be a valid dictionary.*; it is damaged or not an index"),
         (lambda text: b"{}", "source: field required; it is damaged or not an index"),
         (lambda text: text.replace(b'"sha256"', b'"sha1"', 1), r"shards\.0\.sha256: field required; it is damaged"),
+        (lambda text: b"[" * 100_000, "not JSON"),
         (lambda text: text.replace(b'"version": 2', b'"version": 1'), "version: input should be 2"),
         (
             lambda text: text.replace(b'"samples": ', b'"samples": "many", "n": ', 1),

@@ -104,6 +104,7 @@ DAMAGE = {  # files to write over good ones (None: to remove), and the line that
     "gz not zipped": ({IMAGES: None, f"{IMAGES}.gz": GOOD}, rf"{IMAGES}\.gz: not an idx file of 3"),
     "gz damaged": ({IMAGES: None, f"{IMAGES}.gz": ZIPPED[:12] + b"\xff" * 99}, rf"{IMAGES}\.gz: not an idx file of 3"),
     "counts": ({LABELS: idx(np.zeros(11, np.uint8))}, f"{IMAGES}: 12 images but 11 labels; download both"),
+    "a label of ten": ({LABELS: idx(np.full(12, 10, np.uint8))}, f"{LABELS}: a label is 10, not 0 to 9; download it"),
     "no labels": ({LABELS: None}, f"{IMAGES}: its labels are missing; download"),
     "no images": ({IMAGES: None}, f"{LABELS}: its images are missing; download"),
     "nothing": ({IMAGES: None, LABELS: None}, "no MNIST here; it must hold train-images"),
@@ -484,9 +485,16 @@ def test_links_to_folders_are_followed_but_not_in_circles(tmp_path):
 def test_empty_folder_is_one_line(tmp_path, files):
     for name in files:
         (tmp_path / name).write_bytes(b"")
-    for place in (tmp_path, tmp_path / "none"):
-        with refused(rf"{place}: no images here; it must hold jpg, .* files"):
-            folder(str(place))
+    with refused(rf"{tmp_path}: no images here; it must hold jpg, .* files"):
+        folder(str(tmp_path))
+
+
+@pytest.mark.parametrize("kind", [folder, tar])
+def test_a_folder_that_is_none_is_one_line(tmp_path, kind):
+    (tmp_path / "file").write_bytes(b"")
+    for place in (tmp_path / "none", tmp_path / "file"):
+        with refused(f"{place}: no such folder; correct the URL$"):
+            kind(str(place))
 
 
 def test_a_name_that_is_no_text_is_still_an_image(tmp_path):
@@ -640,6 +648,10 @@ def test_tars_of_a_prepared_data_set_keep_its_splits_names_and_attributes(tmp_pa
         storage.write(f"{tmp_path}/val-000000.tar", tar_of(samples(2, first=3, **{"attributes.json": wrong})))
         with refused(rf"{tmp_path}: an attributes.json is no list of 0 and 1 for each of the index's 2 attributes"):
             tar(str(tmp_path))
+    storage.write(f"{tmp_path}/val-000000.tar", tar_of(samples(2, first=3, **{"attributes.json": b"[0, 1]"})))
+    storage.write_json(f"{tmp_path}/index.json", {"attributes": ["Male", "Odd", "Bald"]})
+    with refused(rf"{tmp_path}: an attributes.json is no list of 0 and 1 for each of the index's 3 attributes"):
+        tar(str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -719,6 +731,5 @@ def test_damaged_tars_are_one_line(tmp_path, kind):
 
 def test_a_folder_without_tars_is_one_line(tmp_path):
     storage.write(f"{tmp_path}/x.tar.gz", b"")
-    for place in (tmp_path, tmp_path / "none"):
-        with refused(f"{place}: no tars here; it must hold webdataset shards"):
-            tar(str(place))
+    with refused(f"{tmp_path}: no tars here; it must hold webdataset shards"):
+        tar(str(tmp_path))

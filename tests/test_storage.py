@@ -1,10 +1,12 @@
 """Files whole or not at all, and one line for whatever goes wrong, on real disks and a real store."""
 
 import base64
+import errno
 import multiprocessing
 import os
 import subprocess
 import threading
+import time
 import traceback
 from pathlib import Path
 
@@ -247,15 +249,15 @@ def test_a_web_server_may_ask_for_a_password(tmp_path, monkeypatch):
 )
 @pytest.mark.parametrize("protocol", ["http", "s3"])
 def test_what_a_store_may_recover_from_is_tried_again(tmp_path, monkeypatch, protocol, status, again):
-    answers = [status, status, 200]
+    failures = [status, status]
 
     class Busy(servers.RangeHandler):
         def parse_request(self) -> bool:
             if not super().parse_request():
                 return False
-            if (answer := answers.pop(0)) != 200:
-                self.send_error(answer)
-            return answer == 200
+            if fails := bool(failures):
+                self.send_error(failures.pop())
+            return not fails
 
     (tmp_path / "bucket").mkdir()
     (tmp_path / "bucket" / "file").write_bytes(b"something")
@@ -266,12 +268,12 @@ def test_what_a_store_may_recover_from_is_tried_again(tmp_path, monkeypatch, pro
         forget_clients()
         place = "s3://bucket/file" if protocol == "s3" else f"{url}/bucket/file"
         if again:
-            assert storage.read(place) == b"something"
+            assert storage.read(place, 0, 9) == b"something"
         else:
             with refused(f"{place}: "):
-                storage.read(place)
+                storage.read(place, 0, 9)
     forget_clients()
-    assert len(answers) == (0 if again else 2)
+    assert len(failures) == (0 if again else 1)
 
 
 FAULTS = {
@@ -302,7 +304,7 @@ def test_a_faulty_store_is_one_line_without_credentials(s3, monkeypatch, fault):
             broken.setenv(name, value) if value else broken.delenv(name)
         forget_clients()
         for operation in OPERATIONS:
-            with refused(f"{s3}/file: {words}$") as caught:
+            with refused(rf"{s3}/file: {words}( \(\d+ attempts in \d s\))?$") as caught:
                 operation(s3 + "/file")
             told = "".join(traceback.format_exception(caught.value))  # with what lies beneath
             for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
@@ -333,3 +335,39 @@ def test_a_forked_process_reads_with_a_client_of_its_own(s3):
     child.start()
     child.join(60)
     assert child.exitcode == 0
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (
+            OSError(errno.EMFILE, "Too many open files"),
+            "too many open files; raise the limit of this process, `ulimit -n`",
+        ),
+        (OSError(errno.ENOTEMPTY, "Directory not empty"), "another process is at work there; wait for it, or choose"),
+    ],
+)
+def test_what_a_machine_refuses_is_one_line_with_its_remedy(error, words):
+    with refused(f"/some/place: {words}"), storage.explained("/some/place"):
+        raise error
+
+
+def test_a_web_server_is_not_written_to():
+    with refused("https://host/file: a web server is read, not written; choose a folder or an object store$"):
+        storage.write("https://host/file", b"")
+
+
+def test_a_store_that_fails_at_once_is_tried_until_the_very_end(monkeypatch):
+    """A pause and an attempt like the last must fit into what is left; here they take next to nothing."""
+    attempts, clock = [], iter(range(10**6))
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock) / 100)
+    monkeypatch.setattr(time, "sleep", lambda seconds: [next(clock) for _ in range(round(100 * seconds))])
+
+    def fail(*_: object) -> None:
+        attempts.append(time.monotonic())
+        raise ConnectionResetError
+
+    with refused(r"memory://x: the store does not answer.* \(\d+ attempts in \d+ s\)"):
+        storage.persistently("memory://x", fail, patience=20.0)
+    assert 17.5 < attempts[-1] - attempts[0] <= 20
+    assert len(attempts) >= 10
