@@ -59,8 +59,7 @@ class Data(Section):
     size: Annotated[int, Field(ge=1, le=4_096)]
     """Height and width of the images in pixels. Must be what the index says, or less with `crop`."""
     workers: Annotated[int, Field(ge=0, le=256)] = 2
-    """Processes of each rank that fetch and decode ahead; 0 does it in the step. The order does not depend on it. What
-    takes no more than 64 MB decoded is decoded once, and needs none."""
+    """Processes of each rank that fetch and decode ahead; 0: in the step, as for what takes up to 64 MB decoded."""
     lanes: Size = 16
     """Places of the data set that every batch is gathered from. A part of the order: keep it to continue a run."""
     window: Count = 65_536

@@ -99,43 +99,45 @@ def test_one_process_equals_two_and_micro_batches(tmp_path, digits, double, tole
             assert (tensors[key] - value).norm() <= limit * value.norm(), (name, key)
 
 
-@pytest.fixture(scope="module")
-def varied(tmp_path_factory) -> tuple[list[str], dict[str, np.ndarray]]:
-    """Settings of a training that flips, crops and mixes, and the images of its two data sets, a pixel larger."""
-    out, found = tmp_path_factory.mktemp("varied"), {}
+def mixed(folder: Path, *, side: int) -> tuple[list[str], dict[str, np.ndarray]]:
+    """Settings of five steps on two data sets of such images, with those of `b` at half the weight; and the images."""
+    found = {}
     for name, count in {"a": 70, "b": 50}.items():
-        pixels = np.random.default_rng(count).integers(0, 256, (count, 9, 9), dtype=np.uint8)
-        read = lambda i, pixels=pixels: pixels[i]  # noqa: E731
-        prepared(Source([f"{i:03d}" for i in range(count)], read, size=9, channels=1), out / name)
-        found[name] = pixels
-    mix = f'data.mix={{"{out}/b" = 0.5}}'
-    return [f"data.url={out}/a", mix, "data.crop=true", "data.flip=true", "training.images=320"], found
+        found[name] = pixels = np.random.default_rng(count).integers(0, 256, (count, side, side), dtype=np.uint8)
+        source = Source([f"{i:03d}" for i in range(count)], pixels.__getitem__, size=side, channels=1)
+        prepared(source, folder / name)
+    return [f"data.url={folder}/a", f'data.mix={{"{folder}/b" = 0.5}}', "training.images=320"], found
 
 
-def test_the_game_sees_crops_and_mirror_images_of_all_data_sets(tmp_path, varied):
-    options, images = varied
+@pytest.mark.parametrize(("crop", "flip", "critical"), [(1, 1, 24.3), (1, 0, 16.3), (0, 1, 10.8), (0, 0, np.inf)])
+def test_the_game_sees_crops_and_mirror_images_of_all_data_sets(tmp_path, crop, flip, critical):
+    options, images = mixed(tmp_path, side=8 + crop)
     kinds = {}  # data set, place and whether mirrored, of all squares that there are
-    for name, top, left in itertools.product(images, range(2), range(2)):
+    for name, top, left in itertools.product(images, range(1 + crop), range(1 + crop)):
         for square in images[name][:, top : top + 8, left : left + 8]:
             kinds[square.tobytes()] = name, top, left, False
             kinds[np.fliplr(square).tobytes()] = name, top, left, True
-    trainer, seen = trainer_for(*settings(tmp_path / "run", "", *options)), []
+    choice = (f"data.crop={crop > 0}".lower(), f"data.flip={flip > 0}".lower())
+    trainer, seen = trainer_for(*settings(tmp_path / "run", "", *options, *choice)), []
     trainer.model.register_forward_pre_hook(
         lambda model, inputs: seen.append([kinds[to_uint8(image).numpy().tobytes()] for image in inputs[0]])
     )
     trainer.train()
-    assert [len(step) for step in seen] == [64] * 5
+    assert [len(batch) for batch in seen] == [64] * 5
     for step in range(1, 6):
         of_b = sum(name == "b" for batch in seen[:step] for name, *_ in batch)
         assert abs(of_b - 64 * step / 3) < 1
     tally = Counter(kind[1:] for batch in seen for kind in batch)
-    assert len(tally) == 8
-    assert sum((count - 40) ** 2 / 40 for count in tally.values()) < 24.3  # chi squared of 7 degrees, 0.999
+    places = 4**crop * 2**flip
+    assert len(tally) == places
+    assert sum((count - 320 / places) ** 2 * places / 320 for count in tally.values()) < critical  # chi squared, 0.999
 
 
-def test_variation_and_mixes_are_the_same_on_two_ranks(tmp_path, varied):
+def test_variation_and_mixes_are_the_same_on_two_ranks(tmp_path):
+    options, _ = mixed(tmp_path, side=9)
     for processes in (1, 2):
-        train(*settings(tmp_path / str(processes), "", *varied[0], "checkpoint.every=0"), processes=processes)
+        more = ("data.crop=true", "data.flip=true", "checkpoint.every=0")
+        train(*settings(tmp_path / str(processes), "", *options, *more), processes=processes)
     one, two = (final(tmp_path / name) for name in "12")
     for key, value in one.items():
         assert key.startswith("optimizer/") or (two[key] - value).norm() <= 1e-5 * value.norm(), key
@@ -542,7 +544,8 @@ def test_bad_samples_are_counted_over_all_ranks(tmp_path, digits, monkeypatch):
     batch = next(trainer_for(*settings(run, digits)).batches).keys
     bad, source, apply = {*batch[:6], *batch[32:38]}, handwritten("", labels=""), Recipe.apply
     blank = lambda i: np.zeros((8, 8), np.uint8) if source.keys[i] in bad else source.read(i)  # noqa: E731
-    monkeypatch.setattr(Recipe, "apply", lambda self, pixels: apply(self, pixels) if pixels.any() else b"no image")
+    resized = lambda self, pixels: apply(self if pixels.any() else self._replace(size=4), pixels)  # noqa: E731
+    monkeypatch.setattr(Recipe, "apply", resized)
     prepared(source._replace(read=blank), out, held_out=179, samples_per_shard=180)
 
     arguments = settings(run, str(out), "training.images=64", "data.bad_share=0.001")
