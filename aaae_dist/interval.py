@@ -42,7 +42,7 @@ class Interval:
         """Count the time from `began` until now, in which the step waited for a batch, by what the batch waited for."""
         now = time.perf_counter()
         handing = now - max(began, batch.finished)
-        making = max(now - began - handing, 0.0) / max(batch.fetching + batch.decoding, 1e-9)
+        making = (now - began - handing) / max(batch.fetching + batch.decoding, 1e-9)
         for i, seconds in enumerate((making * batch.fetching, making * batch.decoding, handing)):
             self.waits[i] += seconds
 

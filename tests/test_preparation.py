@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import multiprocessing
+import re
 import signal
 from collections import Counter
 from pathlib import Path
