@@ -47,6 +47,10 @@ S3_OPTIONS = {
 }
 
 
+class IncompleteError(ConnectionError):
+    """Less arrived at a store than was sent."""
+
+
 @functools.lru_cache(maxsize=64)
 def filesystem(protocol: str, pid: int) -> fsspec.AbstractFileSystem:
     """The filesystem of a protocol, one per process: clients do not survive a fork."""
@@ -128,6 +132,8 @@ def reason(error: BaseException) -> str:
         return "the bucket does not exist; create it or correct the URL"
     if isinstance(error, FileNotFoundError):
         return "no such file; check the URL"
+    if isinstance(error, IncompleteError):
+        return f"{text}; check the network and the store"
     if name in (
         "EndpointConnectionError",
         "ConnectTimeoutError",
@@ -271,7 +277,7 @@ def write(url: str, data: bytes) -> None:
     def upload(store: fsspec.AbstractFileSystem, path: str) -> None:
         store.pipe_file(path, data)
         if (size := store.size(path)) != len(data):
-            raise ConnectionError(f"{size} bytes arrived of {len(data)}")
+            raise IncompleteError(f"{size} bytes arrived of {len(data)}")
 
     if not is_local(url):
         persistently(url, upload)

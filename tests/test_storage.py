@@ -143,9 +143,8 @@ def test_an_upload_that_never_arrives_whole_is_one_line(tmp_path, monkeypatch):
     original, url = MemoryFileSystem.pipe_file, f"memory://{tmp_path}/file"
     monkeypatch.setattr(MemoryFileSystem, "pipe_file", lambda self, path, data: original(self, path, data[:-1]))
     monkeypatch.setattr(storage, "PATIENCE", 0.0)
-    with refused(f"{url}: ") as caught:
+    with refused(f"{url}: 8 bytes arrived of 9; check the network and the store"):
         storage.write(url, b"something")
-    assert str(caught.value.__cause__) == "8 bytes arrived of 9"
 
 
 def test_permission_denied_is_one_line(tmp_path):
