@@ -153,9 +153,13 @@ class Stream:
         """
         if self.begun:
             raise UserError("the stream has begun; load its state before the first batch")
-        for name in ("version", "order"):
-            if state[name] != self.state[name]:
-                raise UserError(f"data: the saved {name} is {state[name]}, not {self.state[name]}; set it back")
+        if state["version"] != VERSION:
+            raise UserError(
+                f"data: the saved order is of version {state['version']}, this program's is {VERSION}; go on with "
+                "the one that saved it, or begin a new run"
+            )
+        if state["order"] != self.state["order"]:
+            raise UserError(f"data: the saved order is {state['order']}, not {self.state['order']}; set it back")
         theirs, ours = ([part["fingerprint"] for part in each["sets"]] for each in (state, self.state))
         if theirs != ours:
             raise UserError(
@@ -200,25 +204,26 @@ class Stream:
                 if mine.start == mine.stop:
                     continue
                 reads.append((n, order.samples(epoch, position, position + quota, mine)))
-                if planned.get(n) != (now := (epoch, order.block(position))):
+                if planned.get(n) != (now := (epoch, order.block(position), order.block(position + quota - 1))):
                     planned[n] = now
-                    # Only where a batch is whole rounds of the lanes is a rank's share of it always of the same lanes.
-                    share = (
-                        (mine.start / quota, mine.stop / quota)
-                        if quota % order.lanes == position % order.lanes == 0
-                        else (0.0, 1.0)
-                    )
-                    plans[n] = shards_ahead(order, *now, share)
+                    plans[n] = shards_ahead(order, *now, self.share_of_lanes(order, position))
                     self.readers[n].fetcher.plan("stream", plans[n])
             state = state | {"samples": state["samples"] + self.batch_size, "sets": sets}
             states.append(state)
             yield Request(reads, plans)
 
+    def share_of_lanes(self, order: Order, position: int) -> tuple[float, float]:
+        """The lanes that this rank reads of: a share of them if batches are whole rounds, else all in turn."""
+        if len(self.readers) > 1 or self.batch_size % order.lanes or position % order.lanes:
+            return 0.0, 1.0
+        return self.share.start / self.batch_size, self.share.stop / self.batch_size
 
-def shards_ahead(order: Order, epoch: int, block: int, share: tuple[float, float]) -> list[int]:
-    """The shards in play in a block of an epoch, then those of the block after it."""
-    following = order.in_play(epoch, block + 1, share) or order.in_play(epoch + 1, 0, share)
-    return list(dict.fromkeys(order.in_play(epoch, block, share) + following))
+
+def shards_ahead(order: Order, epoch: int, first: int, last: int, share: tuple[float, float]) -> list[int]:
+    """The shards in play in some blocks of an epoch, then those of the block after them."""
+    now = [shard for block in range(first, last + 1) for shard in order.in_play(epoch, block, share)]
+    following = order.in_play(epoch, last + 1, share) or order.in_play(epoch + 1, 0, share)
+    return list(dict.fromkeys(now + following))
 
 
 def sweep(
@@ -234,7 +239,9 @@ def sweep(
     places = spread(reader.counts, limit=limit)
     starts = range(rank * batch_size, -(-len(places) // (world * batch_size)) * world * batch_size, world * batch_size)
     parts = [places[start : start + batch_size] for start in starts]
-    line = np.unique(places[:, 0]) if len(places) * WORTH_FETCHING >= len(reader) else np.empty(0, np.int64)
+    line = np.unique(np.concatenate([places[:0], *parts])[:, 0])  # the shards that this rank comes by
+    if len(places) * WORTH_FETCHING < len(reader):
+        line = line[:0]
 
     def plan(first: int) -> None:
         """Plan for the parts from `first` on that are read next, and a few shards after them."""

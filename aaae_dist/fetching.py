@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import resource
 import threading
 import zlib
@@ -55,8 +56,8 @@ class Fetcher:
         self.url, self.shards, self.patience = url, shards, data.patience
         self.urls = [url_of(url, shard.url) for shard in shards]
         self.local = [storage.is_local(url) for url in self.urls]
-        home = Path(data.cache or os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-        self.cache = Cache(home / "aaae_dist", limit=int(data.cache_gb * 1e9))
+        home = Path(re.sub("^(file|local)://", "", data.cache) or os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+        self.cache = Cache(home.expanduser() / "aaae_dist", limit=int(data.cache_gb * 1e9))
         if not all(self.local):
             if not storage.is_local(data.cache):
                 raise UserError(f"data.cache {data.cache}: not a folder of this machine; name one")
@@ -230,9 +231,9 @@ class Fetcher:
                     self.changed.wait(1.0)  # for room, or for the process that is at it
                 elif shard in self.planned():
                     self.files[shard] = Opened(file)
+                    self.changed.notify_all()
                 else:
                     os.close(file)
-                self.changed.notify_all()
 
     def next_missing(self) -> int | None:
         """The planned shard that a thread is to fetch; none when its work is done."""

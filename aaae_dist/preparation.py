@@ -112,9 +112,16 @@ def prepare(
     there = storage.listing(out)
     made = fingerprint(source, recipe, portions, origin=origin)
     unfinished = UNFINISHED + made
-    if INDEX in there and (index := read_index(out)).made == made:  # done before, but perhaps for the last of it
-        storage.remove(storage.join(out, unfinished))
-        return index
+    if INDEX in there and (index := read_index(out)).made == made:
+        harmed = [shard for shard in index.shards if not is_whole(shard, out=out, there=there)]
+        if not harmed:  # done before, but perhaps for the last of it
+            storage.remove(storage.join(out, unfinished))
+            log.info("%s: prepared already, of the same images with the same options", out)
+            return index
+        log.warning("%s: %d of %d shards are missing or damaged; made anew", out, len(harmed), len(index.shards))
+        for file in (INDEX, *(file for shard in harmed for file in (shard.url, shard.offsets))):
+            storage.remove(storage.join(out, file))
+        there = storage.listing(out)
     refuse_others(out, there, unfinished)
     clear(out, there, [name for portion in portions for name in (f"{portion.name}.tar", f"{portion.name}.offsets")])
 

@@ -14,11 +14,17 @@ class Quarantine:
 
     def __init__(self, run: str) -> None:
         self.url = storage.join(run, QUARANTINE)
+        self.samples = self.listed()
+
+    def listed(self) -> dict[Bad, None]:
+        """What the file says."""
         lines = storage.read(self.url).decode().split("\n") if storage.exists(self.url) else []
-        self.samples = dict.fromkeys(Bad(**json.loads(line)) for line in lines if line)
+        return dict.fromkeys(Bad(**json.loads(line)) for line in lines if line)
 
     def add(self, samples: Iterable[Bad], *, alone: bool = False) -> None:
         """List samples, each once. Rank 0 writes, or a rank for which the run ends before the others hear of them."""
+        if alone:
+            self.samples |= self.listed()
         known = len(self.samples)
         self.samples |= dict.fromkeys(samples)
         if len(self.samples) > known and (alone or distributed.rank() == 0):

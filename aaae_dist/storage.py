@@ -211,7 +211,7 @@ def persistently(
             except Exception as error:
                 attempts += 1
                 pause = min(0.05 * 2**attempts, 2.0) * random.uniform(0.5, 1.0)  # noqa: S311  no secret
-                spent, took = time.monotonic() - began, time.monotonic() - started
+                spent, took = time.monotonic() - began, min(time.monotonic() - started, SILENCE)
                 if is_local(url) or not may_pass(error):
                     raise
                 if spent + pause + took > limit:  # what fails as it did before would fail too late

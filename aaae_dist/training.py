@@ -3,6 +3,7 @@
 import logging
 import math
 import time
+from contextlib import suppress
 
 import torch
 from jaxtyping import Float
@@ -131,7 +132,8 @@ class Trainer:
                     f"{config.training.images:,}",
                 )
         except UserError:
-            self.quarantine.add(self.met(), alone=True)
+            with suppress(UserError):  # what ended the run is to be told, not what else fails
+                self.quarantine.add(self.met(), alone=True)
             raise
         finally:
             self.progress.close()

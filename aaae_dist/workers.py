@@ -35,7 +35,7 @@ from aaae_dist.reader import Bad, Reader, Told
 from aaae_dist.shards import Index
 
 TRAINERS_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-SILENCE = 60.0  # seconds, on top of what a store may take, after which a worker that does not answer is given up
+UNANSWERED = 60.0  # seconds, on top of what a store may take, after which a worker that does not answer is given up
 AHEAD = 2  # batches that a worker is asked for before the first is taken
 
 
@@ -153,10 +153,9 @@ class Crew:
         """A worker's next answer. Its slot is used again when nobody holds the pixels any more."""
         line = self.line(worker)
         if not line:
-            code, why = worker.wait(), "; it said why"
-            if code == -signal.SIGKILL:
-                why = ", perhaps for want of memory; lower it, or training.batch_size"
-            raise UserError(f"data.workers {len(self.workers)}: a worker ended ({code}){why}")
+            code = worker.wait()
+            remedy = "; lower it, or training.batch_size, if memory was short" if code < 0 else "; see what it said"
+            raise UserError(f"data.workers {len(self.workers)}: a worker ended ({code}){remedy}")
         answer = json.loads(line)
         for number, shard, index, bad in answer["bad"]:
             self.readers[number].meet((shard, index), Bad(*bad))
@@ -174,7 +173,7 @@ class Crew:
     def line(self, worker: subprocess.Popen[bytes]) -> bytes:
         """The next line of a worker; empty: it ended."""
         assert worker.stdout
-        said, limit = self.said[worker.pid], max(reader.data.patience for reader in self.readers) + SILENCE
+        said, limit = self.said[worker.pid], max(reader.data.patience for reader in self.readers) + UNANSWERED
         poll = select.poll()
         poll.register(worker.stdout, select.POLLIN)
         while b"\n" not in said:
@@ -199,7 +198,9 @@ class Crew:
         """End all workers."""
         for worker in self.workers:
             worker.kill()
-            worker.communicate()
+        for worker in self.workers:
+            with suppress(subprocess.TimeoutExpired):  # a disk that hangs may hold it; it ends when that lets go
+                worker.communicate(timeout=5)
 
 
 def listen(messages: SimpleQueue[str]) -> None:

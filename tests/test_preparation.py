@@ -246,6 +246,21 @@ def test_a_place_that_holds_a_data_set_is_refused_and_untouched(tmp_path, reques
     assert contents(out) == before
 
 
+@pytest.mark.parametrize("harm", ["missing", "flipped", "without offsets"])
+def test_what_was_damaged_is_made_anew_by_the_same_command(tmp_path, harm):
+    """As every line about damage says."""
+    made = prepared(noise(9), str(tmp_path))
+    before = contents(str(tmp_path))
+    tar, offsets = tmp_path / "train-000000.tar", tmp_path / "train-000000.offsets"
+    if harm == "flipped":
+        tar.write_bytes(tar.read_bytes()[:-1] + b"x")
+    else:
+        (tar if harm == "missing" else offsets).unlink()
+    assert contents(str(tmp_path)) != before
+    assert prepared(noise(9), str(tmp_path)) == made
+    assert contents(str(tmp_path)) == before
+
+
 def test_what_is_done_is_not_done_again(tmp_path, monkeypatch):
     made = prepared(noise(9), str(tmp_path))
     before = contents(str(tmp_path))
