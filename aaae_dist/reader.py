@@ -174,7 +174,13 @@ def check(index: Index, *, data: Data, url: str, split: str) -> None:
             f'data.split or data.held_out "{split}": {place} has only {", ".join(splits)}; choose one of these'
         )
     found, wanted = (index.channels, index.height, index.width), (data.channels, data.size, data.size)
-    if found != wanted and not (data.crop and found[0] == wanted[0] and min(found[1:]) > data.size):
+    fits = found == wanted or (data.crop and found[0] == wanted[0] and min(found[1:]) > data.size)
+    if not fits and url != data.url:
+        raise UserError(
+            f"data.mix {url}: {index.channels} channels of {index.height} x {index.width} pixels, but {data.url} is "
+            f"read as {data.channels} of {data.size} x {data.size}; prepare both alike"
+        )
+    if not fits:
         raise UserError(
             f"data.channels {data.channels}, data.size {data.size}: {place} says {index.channels} channels of "
             f"{index.height} x {index.width} pixels; set both to what was prepared"

@@ -143,6 +143,8 @@ def reason(error: BaseException) -> str:
         return "the store does not answer; check that it is up and that AWS_ENDPOINT_URL, if set, is right"
     if code == errno.EMFILE:
         return "too many open files; raise the limit of this process, `ulimit -n`"
+    if code == errno.ENOTDIR:
+        return "a file is where a folder should be; choose another place"
     if code == errno.ENOTEMPTY:
         return "another process is at work there; wait for it, or choose another place"
     if "Invalid bucket name" in text:

@@ -295,6 +295,13 @@ def test_only_what_is_small_is_kept_in_memory(small, monkeypatch):
     assert source.kept == {}
 
 
+def test_a_mixed_data_set_of_another_size_is_named(small, tmp_path):
+    other = publish(tmp_path / "other", sample("a", 10))
+    data = Data.model_validate({"url": str(small), "channels": 1, "size": 8})
+    with refused(rf"data\.mix {other}: 3 channels of 8 x 8 pixels, but {small} is read as 1 of 8 x 8; prepare both"):
+        Reader(data, split="train", url=other)
+
+
 def test_fingerprint_is_of_the_split(small):
     one, other = reader(str(small)), reader(str(small), split="test")
     assert one.fingerprint == reader(f"{small}/").fingerprint != other.fingerprint
