@@ -1,7 +1,7 @@
 """Streams of batches: global batch t, and every rank's slice of it, in the order that `order.py` defines."""
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from itertools import accumulate, islice, pairwise
@@ -175,7 +175,7 @@ class Stream:
         sets = [part | {"epoch": epoch, "position": position}]
         self.load_state_dict(self.state | {"samples": batches * self.batch_size, "sets": sets})
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Generator[Batch, None, None]:
         self.begun, states = True, deque()
         workers = 0 if all(reader.keep for reader in self.readers) else self.workers  # decoded once, there is no work
         try:

@@ -136,6 +136,7 @@ class Trainer:
                 self.quarantine.add(self.met(), alone=True)
             raise
         finally:
+            self.batches.close()  # and with it the worker processes
             self.progress.close()
             self.tracker.close(status)
             if lock is not None:

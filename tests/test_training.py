@@ -16,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -131,6 +132,33 @@ def test_the_game_sees_crops_and_mirror_images_of_all_data_sets(tmp_path, crop, 
     places = 4**crop * 2**flip
     assert len(tally) == places
     assert sum((count - 320 / places) ** 2 * places / 320 for count in tally.values()) < critical  # chi squared, 0.999
+
+
+@pytest.mark.parametrize("number", [0, signal.SIGTERM, signal.SIGINT])
+def test_worker_processes_change_no_bit_and_end_with_the_training(tmp_path, number):
+    """What takes more than 64 MB decoded is not kept, so workers are at work; stopped and continued they are, too."""
+    ramp = np.add.outer(np.arange(192), np.arange(192))
+    source = Source([f"{i}" for i in range(1_900)], lambda i: ((ramp + i) % 256).astype(np.uint8), size=192, channels=1)
+    prepared(source, data := tmp_path / "data", held_out=20, samples_per_shard=500, format="jpg")
+    options = ("data.crop=true", "checkpoint.every=0", "evaluation.every=0")
+    train_here(*settings(tmp_path / "none", str(data), *options, "data.workers=0"))
+    some = settings(tmp_path / "some", str(data), *options, "data.workers=2")
+    trainer, met = trainer_for(*some), []
+    step = trainer.step
+
+    def watched(batch: Batch) -> None:
+        met.append(len([p for p in psutil.Process().children() if "aaae_dist.workers" in p.cmdline()]))
+        if number and len(met) == 7:
+            trainer.stop.receive(number, None)
+        step(batch)
+
+    trainer.step = watched
+    trainer.train()
+    assert set(met) == {2}
+    assert trainer.images == (8 * 64 if number else 20 * 64)  # the step after the wish
+    if number:
+        train_here(*some)
+    assert_same_bits(final(tmp_path / "some"), final(tmp_path / "none"))
 
 
 def test_variation_and_mixes_are_the_same_on_two_ranks(tmp_path):
