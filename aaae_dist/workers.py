@@ -6,6 +6,7 @@ leaves signals to that. (Threads need less code, but with images of 64 x 64 pixe
 each other.)
 """
 
+import ctypes
 import json
 import logging
 import math
@@ -35,6 +36,7 @@ from aaae_dist.reader import Bad, Reader, Told
 from aaae_dist.shards import Index
 
 TRAINERS_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+SET_PARENT_DEATH_SIGNAL = 1  # of Linux's prctl
 UNANSWERED = 60.0  # seconds, on top of what a store may take, after which a worker that does not answer is given up
 AHEAD = 2  # batches that a worker is asked for before the first is taken
 
@@ -211,7 +213,8 @@ def listen(messages: SimpleQueue[str]) -> None:
 
 
 def work() -> NoReturn:
-    """The life of a worker."""
+    """The life of a worker. It ends with the thread that started it, even if it is stopped."""
+    ctypes.CDLL(None).prctl(SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
     logging.basicConfig(stream=sys.stderr, format="aaae data worker: %(message)s", level=logging.WARNING)
     logging.getLogger("aaae_dist.reader").setLevel(logging.ERROR)  # bad samples are told of in the answers
     setup = json.loads(sys.stdin.readline())

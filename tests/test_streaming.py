@@ -124,7 +124,8 @@ next(iter(Stream([reader], seed=0, lanes=4, window=100, batch_size=50, workers=1
 """
 
 
-def test_a_worker_that_waits_for_a_store_ends_with_its_trainer(local, tmp_path):
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_worker_that_waits_for_a_store_ends_with_its_trainer(local, tmp_path, stopped):
     with servers.files(Path(local)) as url, FaultProxy(url) as proxy:
         line = [sys.executable, "-c", TRAINER, proxy.url, str(tmp_path)]
         with subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as trainer:
@@ -136,6 +137,8 @@ def test_a_worker_that_waits_for_a_store_ends_with_its_trainer(local, tmp_path):
                 trainer.stdin.write(b"go\n")
                 trainer.stdin.flush()
                 (worker,) = awaited(lambda: [p for p in psutil.Process(trainer.pid).children() if p.net_connections()])
+                if stopped:
+                    worker.suspend()
             finally:
                 trainer.kill()
         assert psutil.wait_procs([worker], timeout=5)[1] == []
