@@ -39,12 +39,13 @@ def micro_batch_size(config: Config, world: int) -> int:
             f"training.micro_batch_size {micro}: does not divide the {share} images of a rank (training.batch_size "
             f"{training.batch_size} over {world} ranks); choose a divisor"
         )
-    for name in ("latent_penalised", "image_penalised"):
+    for name in ("latent_penalised", "image_penalised") if config.model.method == "aaae" else ():
         every = round(1 / getattr(objective, name))
         if micro < training.batch_size and micro % every:
             raise UserError(
-                f"training.micro_batch_size {micro}: the parts of a batch must be multiples of {every}, because "
-                f"objective.{name} looks at every {every}th pair; choose another batch or micro-batch size"
+                f"training.batch_size {training.batch_size}, of which a part of {micro} is looked at at a time: that "
+                f"must be a multiple of {every}, because objective.{name} looks at every {every}th pair; choose "
+                "another batch_size or micro_batch_size"
             )
     return micro
 

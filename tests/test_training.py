@@ -407,10 +407,10 @@ def test_rates_betas_and_averages_are_those_configured(tmp_path, digits):
 
 
 def test_parts_that_would_compute_something_else_are_refused(tmp_path, digits):
-    with pytest.raises(
-        UserError, match=r"micro_batch_size 2: the parts of a batch must be multiples of 4, because obj"
-    ):
-        trainer_for(*settings(tmp_path / "run", digits, "training.micro_batch_size=2"))
+    parts = settings(tmp_path / "run", digits, "training.micro_batch_size=2")
+    with pytest.raises(UserError, match=r"batch_size 64, of which a part of 2 .* must be a multiple of 4, because obj"):
+        trainer_for(*parts)
+    trainer_for(*parts, "model.method=autoencoder")  # has no pairs
 
 
 def test_a_run_that_saved_nothing_can_be_corrected(tmp_path, digits):
