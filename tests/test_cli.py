@@ -373,7 +373,9 @@ def test_data_sets_of_another_kind(digits: str, tiny: Path, tmp_path: Path, refu
     assert not (tmp_path / "new").exists()
     assert refuse("shards", "read", digits, "--batch-size", 1800).startswith("training.batch_size 1800: larger than ")
     assert refuse("shards", "read", digits, "--batch-size", 4, "--split", "dev").count('"dev"') == 1
-    assert refuse("prepare", "digits", "--out", digits).startswith(f"{digits}: it already holds a data set; ")
+    assert refuse("prepare", "digits", "--out", digits).startswith(
+        f"{digits}: it already holds a data set, of other images"
+    )
     assert refuse("prepare", "digits", "--held-out", 0, "--labels", "x", "--out", tmp_path / "new").startswith("--lab")
     assert refuse("prepare", "folder", "--out", tmp_path / "new").endswith("holds the images")
     assert refuse("prepare", "folder", tmp_path, "--out", tmp_path / "new").startswith(f"{tmp_path}: no images here; ")
@@ -624,7 +626,7 @@ def test_tars_are_indexed_or_written_anew(digits: str, tmp_path: Path, capsys: p
     there, here = (json.loads((folder / "index.json").read_text()) for folder in (tmp_path / "a", Path(digits)))
     for one, other in zip(there["shards"], here["shards"], strict=True):
         assert one == other | {"url": f"{tars}/{other['url']}"}
-    assert there == here | {"source": "tar", "shards": there["shards"]}
+    assert there == here | {"source": "tar", "made": "", "shards": there["shards"]}
     assert call("prepare", "tar", tars, *size, "--out", tmp_path / "c") == 0
     said = "1,618 train, 179 test images of 3 x 4 x 4 in 3 shards\n"
     assert capsys.readouterr().out.partition(": ")[2] == said
