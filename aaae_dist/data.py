@@ -176,20 +176,22 @@ class Stream:
         self.load_state_dict(self.state | {"samples": batches * self.batch_size, "sets": sets})
 
     def __iter__(self) -> Generator[Batch, None, None]:
-        self.begun, states = True, deque()
+        self.begun, told = True, deque()
         workers = 0 if all(reader.keep for reader in self.readers) else self.workers  # decoded once, there is no work
         try:
-            for answer in answers(self.readers, self.requests(states), rows=self.rows, workers=workers):
+            for answer in answers(self.readers, self.requests(told), rows=self.rows, workers=workers):
                 for reader in self.readers:
                     reader.fetcher.refuse_failure()
-                self.state = states.popleft()
+                self.state, plans = told.popleft()
+                for number, shards in plans.items():  # not before: whole shards would delay the first batch
+                    self.readers[number].fetcher.plan("stream", shards)
                 yield batch_of(answer, rows=self.rows)
         finally:
             for reader in self.readers:
                 reader.fetcher.plan("stream", [])
 
-    def requests(self, states: deque[dict[str, Any]]) -> Iterator[Request]:
-        """For every batch from here on, what this rank reads; the state after each is appended to `states`."""
+    def requests(self, told: deque[tuple[dict[str, Any], dict[int, list[int]]]]) -> Iterator[Request]:
+        """For every batch from here on, what this rank reads; the state after each, and new plans, go to `told`."""
         state, planned = self.state, {}
         while True:
             reads, plans, sets, start = [], {}, [], 0
@@ -207,9 +209,8 @@ class Stream:
                 if planned.get(n) != (now := (epoch, order.block(position), order.block(position + quota - 1))):
                     planned[n] = now
                     plans[n] = shards_ahead(order, *now, self.share_of_lanes(order, position))
-                    self.readers[n].fetcher.plan("stream", plans[n])
             state = state | {"samples": state["samples"] + self.batch_size, "sets": sets}
-            states.append(state)
+            told.append((state, plans))
             yield Request(reads, plans)
 
     def share_of_lanes(self, order: Order, position: int) -> tuple[float, float]:

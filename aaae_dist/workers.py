@@ -77,12 +77,13 @@ def answers(readers: Sequence[Reader], requests: Iterator[Request], *, rows: int
         UserError: a reader failed, or a worker died.
     """
     shape = (rows, *readers[0].shape)
-    if workers:
-        yield from Crew(readers, shape=shape, workers=workers).answers(requests)
-        return
     for request in requests:
         pixels = np.empty(shape, np.uint8)
-        yield Answer(pixels, read(readers, request, pixels))
+        answer = Answer(pixels, read(readers, request, pixels))
+        if workers:  # these come to life while the first batch is used, not while it is waited for
+            yield from Crew(readers, shape=shape, workers=workers).answers(answer, requests)
+            return
+        yield answer
 
 
 class Crew:
@@ -127,12 +128,12 @@ class Crew:
         for worker in self.workers:
             self.send(worker, setup)
 
-    def answers(self, requests: Iterator[Request]) -> Iterator[Answer]:
-        """Answers in the order of the requests. The first is given here, while the workers come to life."""
+    def answers(self, first: Answer, requests: Iterator[Request]) -> Iterator[Answer]:
+        """An answer that is there already, and after it those of the requests in their order."""
         waiting: deque[tuple[subprocess.Popen[bytes], int]] = deque()
         turns = cycle(self.workers)
         try:
-            first = next(requests)
+            following: Answer | None = first
             while True:
                 while len(waiting) < AHEAD * len(self.workers) and self.free:
                     worker, request, slot = next(turns), next(requests), self.free.popleft()
@@ -142,12 +143,8 @@ class Crew:
                         worker, {"slot": slot, "reads": [(n, places.tobytes().hex()) for n, places in request.reads]}
                     )
                     waiting.append((worker, slot))
-                if first:
-                    pixels = np.empty(self.shape, np.uint8)
-                    yield Answer(pixels, read(self.readers, first, pixels))
-                    first = None
-                else:
-                    yield self.take(*waiting.popleft())
+                yield following or self.take(*waiting.popleft())
+                following = None
         finally:
             self.dismiss()
 

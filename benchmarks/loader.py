@@ -3,8 +3,9 @@
     python benchmarks/loader.py [--peers FOLDER] [--quick]
 
 Measured is CPU time per sample, of the reading process and its workers together, so that other work on the machine
-changes little; every figure is of a process of its own. The data, JPEGs (quality 90) cut out of two photographs, are
-made in a temporary folder (2 GB); each loader finds the same images in its own format.
+changes little; every figure is of a process of its own. The data, cut out of two photographs and encoded as `aaae
+prepare` does for photographs (JPEG, quality 95, colours in full resolution), are made in a temporary folder (3 GB); each
+loader finds the same images in its own format.
 
 First table: local files, an epoch in mid-stream, the middle one of three rounds, in each of which all loaders have
 their turn; in brackets the decode limit's time over the loader's. Second: 2 workers and an S3 store behind a proxy that
@@ -28,7 +29,6 @@ import venv
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from importlib import import_module
-from io import BytesIO
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -40,7 +40,6 @@ import psutil
 import simplejpeg
 import torch
 import webdataset as wds
-from PIL import Image
 from sklearn.datasets import load_sample_images
 from torch.utils.data import DataLoader, default_collate
 
@@ -49,6 +48,7 @@ from aaae_dist.config import Data
 from aaae_dist.data import Stream
 from aaae_dist.distributed import keep_freed_memory
 from aaae_dist.indexing import index
+from aaae_dist.preparation import Recipe
 from aaae_dist.reader import Reader
 
 HERE = Path(__file__).parent
@@ -220,14 +220,15 @@ def memory() -> float:
 def make(folder: Path, *, size: int, count: int) -> None:
     """Images of this size in eight webdataset tars, with an index beside them."""
     folder.mkdir(parents=True)
+    recipe = Recipe(channels=3, crop=0, size=size, format="jpg", quality=95)
     chosen, photographs = np.random.default_rng(0), load_sample_images().images
     for shard in range(8):
         with wds.TarWriter(str(folder / f"train-{shard}.tar"), encoder=False, mtime=0) as tar:
             for number in range(shard * count // 8, (shard + 1) * count // 8):
-                photograph, file = photographs[number % 2], BytesIO()
+                photograph = photographs[number % 2]
                 top, left = chosen.integers([side - size for side in photograph.shape[:2]])
-                Image.fromarray(photograph[top : top + size, left : left + size]).save(file, "JPEG", quality=90)
-                tar.write({"__key__": f"{number:06d}", "jpg": file.getvalue(), "cls": str(number % 10).encode()})
+                jpg = recipe.apply(photograph[top : top + size, left : left + size])
+                tar.write({"__key__": f"{number:06d}", "jpg": jpg, "cls": str(number % 10).encode()})
     index(str(folder), out=str(folder), held_out=None, workers=1)
 
 

@@ -220,6 +220,23 @@ def test_workers_end_with_their_stream(many):
     assert psutil.wait_procs(workers, timeout=10)[1] == []
 
 
+def test_neither_workers_nor_whole_shards_delay_the_first_batch(many, monkeypatch):
+    source, seen = reader(many, keep=False), []
+    real = source.read
+
+    def read(*arguments: Any) -> Any:
+        seen.append((data_workers(), dict(source.fetcher.plans)))
+        return real(*arguments)
+
+    monkeypatch.setattr(source, "read", read)
+    stream = iter(Stream([source], **USUAL, workers=1))
+    next(stream)
+    assert seen == [([], {})]
+    assert len(data_workers()) == 1
+    assert "stream" in source.fetcher.plans
+    stream.close()
+
+
 def test_a_dead_worker_is_one_line(many):
     stream = iter(Stream([reader(many, keep=False)], **USUAL, workers=2))
     next(stream)
