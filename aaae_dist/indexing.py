@@ -54,6 +54,7 @@ def index(url: str, *, out: str, held_out: float | None, workers: int) -> Index:
         UserError: there are no tars, `out` already holds a data set, the images are not all squares of one size, the
             labels are no classes, or the store fails. No index is written then.
     """
+    storage.refuse_web(out)
     if INDEX in storage.listing(out):
         raise UserError(f"{out}: it already holds a data set; remove its {INDEX} first, or choose another --out")
     tars = [name for name in files_below(url) if name.endswith(".tar")]

@@ -108,6 +108,7 @@ def prepare(
     """
     if not source.keys:
         raise UserError(f"{name}: no images; check the files")
+    storage.refuse_web(out)
     portions = divide(source, name=name, held_out=held_out, samples_per_shard=samples_per_shard, seed=seed)
     there = storage.listing(out)
     made = fingerprint(source, recipe, portions, origin=origin)
@@ -141,14 +142,18 @@ def prepare(
 
     shards: list[Shard] = []
     rejects: list[tuple[str, str]] = []
+    examples: dict[str, tuple[str, str]] = {}  # of rejects, by split
     with closing(work.over(portions, finish)) as results:
-        for record in results:
+        for portion, record in zip(portions, results, strict=True):
             shards += [record.shard] if record.shard else []
             rejects += record.rejects
+            if record.rejects:
+                examples[portion.split] = record.rejects[0]
             refuse_too_many(rejects, count=len(source.keys), bad_share=bad_share)
     for split in {portion.split: None for portion in portions}:
         if not any(shard.split == split for shard in shards):
-            raise UserError(f"{name}: no image of split {split} can be read ({': '.join(rejects[0])}); check the files")
+            why = ": ".join(examples[split])
+            raise UserError(f"{name}: no image of split {split} can be read ({why}); check the files")
     if rejects:
         put(storage.join(out, REJECTS), table(rejects))
         log.warning("%d images could not be read and are left out: %s", len(rejects), storage.join(out, REJECTS))

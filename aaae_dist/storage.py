@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 PATIENCE = 60.0  # seconds for which a failing store is asked again, where a setting does not say otherwise
+WORTH_TELLING = 3.0  # seconds of failing after which a user should know
 SILENCE = 10.0  # seconds without a byte after which an attempt has failed
 
 # Attempts are counted in one place, `persistently`. By default s3fs tries again on top of what botocore does, and the
@@ -203,7 +204,7 @@ def persistently(
     Raises:
         UserError: the store refuses, or has failed for so long; one line about `url`.
     """
-    began, attempts, limit, told = time.monotonic(), 0, PATIENCE if patience is None else patience, False
+    began, attempts, limit = time.monotonic(), 0, PATIENCE if patience is None else patience
     with explained(url):
         while True:
             store, path = locate(url)
@@ -219,10 +220,16 @@ def persistently(
                 if spent + pause + took > limit:  # what fails as it did before would fail too late
                     tried = f" ({attempts} attempts in {spent:.0f} s)" if attempts > 1 else ""
                     raise UserError(f"{url}: {reason(error)}{tried}") from error
-                if spent > 3 and not told:
-                    log.warning("%s: %s; trying again for up to %.0f s", url, reason(error).partition(";")[0], limit)
-                    told = True
+                if spent > WORTH_TELLING:
+                    tell(url.rpartition("/")[0], reason(error).partition(";")[0], limit, int(time.monotonic() // 60))
                 time.sleep(pause)
+
+
+@functools.lru_cache(maxsize=64)
+def tell(folder: str, problem: str, limit: float, minute: int) -> None:
+    """Warn of a store that is asked again; once a minute, however many of its files are waited for."""
+    del minute
+    log.warning("%s: %s; trying again for up to %.0f s", folder, problem, limit)
 
 
 def exists(url: str) -> bool:
@@ -271,10 +278,15 @@ def listing(url: str, *, patience: float | None = None) -> dict[str, int]:
     return persistently(url, attempt, patience=patience)
 
 
-def write(url: str, data: bytes) -> None:
-    """Write a file whole or not at all, durably; an older one of that name stays until the new one is complete."""
+def refuse_web(url: str) -> None:
+    """Raise a UserError if nothing can be written there."""
     if url.startswith(("http://", "https://")):
         raise UserError(f"{url}: a web server is read, not written; choose a folder or an object store")
+
+
+def write(url: str, data: bytes) -> None:
+    """Write a file whole or not at all, durably; an older one of that name stays until the new one is complete."""
+    refuse_web(url)
 
     def upload(store: fsspec.AbstractFileSystem, path: str) -> None:
         store.pipe_file(path, data)

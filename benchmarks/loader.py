@@ -4,11 +4,11 @@
 
 Measured is CPU time per sample, of the reading process and its workers together, so that other work on the machine
 changes little; every figure is of a process of its own. The data, cut out of two photographs and encoded as `aaae
-prepare` does for photographs (JPEG, quality 95, colours in full resolution), are made in a temporary folder (3 GB); each
-loader finds the same images in its own format.
+prepare` does with photographs (JPEG, quality 95, colours in full resolution), are made in a temporary folder (3 GB);
+each loader finds the same images in its own format.
 
-First table: local files, an epoch in mid-stream, the middle one of three rounds, in each of which all loaders have
-their turn; in brackets the decode limit's time over the loader's. Second: 2 workers and an S3 store behind a proxy that
+First table: local files, an epoch in mid-stream, the middle one of five rounds, in each of which all loaders have
+their turn; in brackets the decode limit's time over the loader's in the same round, the middle one too. Second: 2 workers and an S3 store behind a proxy that
 delays every request: seconds from the loader's construction, all packages imported, to its first batch, with an empty
 cache; CPU of all until the end of the first epoch, workers' start and download included; and of an epoch after that.
 
@@ -53,7 +53,7 @@ from aaae_dist.reader import Reader
 
 HERE = Path(__file__).parent
 BATCH = 128
-ROUNDS = 3
+ROUNDS = 5
 LONGEST = 4.0  # seconds for an epoch that is measured; slow loaders do not finish it
 PEERS = {  # without their dependencies: those that reading needs are in our environment, torch among them
     "mosaic": ["mosaicml-streaming==0.13.0", "catalogue", "Brotli", "python-snappy", "cramjam", "xxhash", "zstd"],
@@ -322,17 +322,19 @@ class Bench(NamedTuple):
     def local(self, workers: Sequence[int], rounds: int) -> None:
         """The table of local files."""
         cases = [(size, count) for size in self.counts for count in workers]
-        found: dict[tuple[str, int, int], list[float]] = {}
+        found: dict[tuple[str, int, int], list[tuple[float, float]]] = {}  # costs, and the decode limit's over them
         for size, count in cases * rounds:
+            limit = 0.0
             for loader in self.loaders():
                 if told := self.figures(loader, str(self.home), self.tars(size), size, count, warm_up=0.25):
-                    found.setdefault((loader, size, count), []).append(told["warm"])
+                    limit = told["warm"] if loader == "decode limit" else limit
+                    found.setdefault((loader, size, count), []).append((told["warm"], limit / told["warm"]))
 
         def cell(loader: str, size: int, count: int) -> str:
             if loader in self.failures:
                 return "failed"
-            cost = median(found[loader, size, count])
-            return f"{cost:.1f} ({median(found['decode limit', size, count]) / cost:.2f})"
+            costs, shares = zip(*found[loader, size, count], strict=True)
+            return f"{median(costs):.1f} ({median(shares):.2f})"
 
         head = ["CPU µs per sample", *(f"{size} px, {count} workers" for size, count in cases)]
         table(head, [[loader, *(cell(loader, *case) for case in cases)] for loader in self.loaders()])

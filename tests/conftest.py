@@ -5,11 +5,12 @@ import io
 import os
 import secrets
 import subprocess
+import time
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import pytest
@@ -26,9 +27,20 @@ from aaae_dist.shards import Index, read_index, url_of
 from aaae_dist.sources import Source
 from aaae_dist.sources import digits as handwritten
 
+Result = TypeVar("Result")
+
 
 def pytest_report_header() -> str:
     return f"S3 store: {'Ceph' if servers.ceph_is_installed() else 'moto, for Ceph is not installed'}"
+
+
+def awaited(call: Callable[[], Result]) -> Result:
+    """What a call returns when that is something; it is asked again and again."""
+    deadline = time.monotonic() + 30
+    while not (found := call()):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return found
 
 
 @pytest.fixture(scope="session")

@@ -4,25 +4,28 @@ import errno
 import json
 import os
 import resource
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator
 from http.server import SimpleHTTPRequestHandler
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import boto3
 import numpy as np
 import psutil
 import pytest
 import servers
-from conftest import copied, forget_clients, noise, prepared, refused
+from conftest import awaited, copied, forget_clients, noise, prepared, refused
 from test_data import assert_same
 from test_data import read as read_stream
 from test_reader import read_all, reader
 
 from aaae_dist import storage
 from aaae_dist.data import Stream, sweep
+from aaae_dist.fetching import DOWNLOADS
 from aaae_dist.order import Order
 from aaae_dist.shards import INDEX
 
@@ -80,6 +83,35 @@ def test_planned_shards_come_and_those_no_longer_planned_are_let_go(small, tmp_p
     fetched = len(requests)
     source.read(np.array([[1, 0], [5, 7]]), np.zeros((2, 8, 8, 1), np.uint8))
     assert requests[fetched:] == []
+
+
+def test_few_shards_are_fetched_at_a_time_and_none_is_kept_that_nobody_plans_any_more(small, tmp_path, monkeypatch):
+    source, underway, most, go = reader(copied(small, "memory://few"), cache=str(tmp_path)), 0, 0, threading.Event()
+    fetch, lock, done = source.fetcher.cache.fetch, threading.Lock(), threading.Semaphore(0)
+
+    def slow(*arguments: Any, **more: Any) -> int | None:
+        nonlocal underway, most
+        with lock:
+            underway += 1
+            most = max(most, underway)
+        assert go.wait(20)
+        file = fetch(*arguments, **more)
+        with lock:
+            underway -= 1
+        done.release()
+        return file
+
+    monkeypatch.setattr(source.fetcher.cache, "fetch", slow)
+    source.fetcher.plan("stream", list(range(10)))
+    awaited(lambda: underway == DOWNLOADS)
+    source.fetcher.plan("stream", [9])
+    go.set()
+    for _ in range(DOWNLOADS + 1):
+        assert done.acquire(timeout=20)
+    awaited(lambda: set(source.fetcher.files) == {9} and not source.fetcher.downloads)
+    assert most == DOWNLOADS
+    opened = {Path(file.path).stem for file in psutil.Process().open_files()}
+    assert opened & {shard.sha256 for shard in source.shards} == {source.shards[9].sha256}
 
 
 @pytest.mark.parametrize("part", ["the first sample", "where the second begins", "a checksum"])
@@ -195,10 +227,11 @@ def test_a_stream_plans_this_block_and_the_next_and_nothing_when_it_ends(small, 
     source.keep = False
     order = {"seed": 0, "lanes": 4, "window": 10}
     stream, ideal = iter(Stream([source], **order, batch_size=8)), Order(source.counts, **order)
-    for position in range(0, 64, 8):
+    for position in range(0, 200, 8):
         next(stream)
         block = position // 4 // 10
-        assert set(source.fetcher.plans["stream"]) == {*ideal.in_play(0, block), *ideal.in_play(0, block + 1)}
+        following = ideal.in_play(0, block + 1) if block < 4 else ideal.in_play(1, 0)
+        assert set(source.fetcher.plans["stream"]) == {*ideal.in_play(0, block), *following}
     stream.close()
     assert source.fetcher.plans["stream"] == []
 

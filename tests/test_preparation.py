@@ -19,6 +19,7 @@ from PIL import Image, features
 from aaae_dist import sources, storage
 from aaae_dist.errors import UserError
 from aaae_dist.images import fit
+from aaae_dist.indexing import index
 from aaae_dist.preparation import REJECTS, UNFINISHED, Recipe, hold_out, middle
 from aaae_dist.shards import INDEX, read_index
 from aaae_dist.tars import load_offsets, read_sample
@@ -218,8 +219,8 @@ def test_too_many_unreadable_images_publish_nothing(tmp_path, count, bad, share,
     [
         (noise(5, unreadable=range(5)), r"test: no image of split train can be read \(00\d: number \d is broken\); ch"),
         (
-            noise(5, unreadable=[2])._replace(splits=["train"] * 2 + ["val"] + ["test"] * 2),
-            "test: no image of split val",
+            noise(6, unreadable=[0, 3])._replace(splits=["train"] * 3 + ["val"] + ["test"] * 2),
+            r"test: no image of split val can be read \(003: number 3 is broken\); ch",
         ),
         (noise(0), "test: no images; check the files$"),
     ],
@@ -228,6 +229,15 @@ def test_nothing_to_prepare_is_one_line(tmp_path, source, line):
     with refused(line):
         prepared(source, tmp_path)
     assert INDEX not in storage.listing(str(tmp_path))
+
+
+def test_a_web_server_is_refused_before_it_is_asked(tmp_path):
+    for make in (
+        lambda out: prepared(noise(9), out),
+        lambda out: index(str(tmp_path), out=out, held_out=0.0, workers=1),
+    ):
+        with refused("https://host/out: a web server is read, not written; choose a folder or an object store$"):
+            make("https://host/out")
 
 
 # --- what is there already

@@ -356,11 +356,18 @@ def test_a_web_server_is_not_written_to():
         storage.write("https://host/file", b"")
 
 
-def test_a_store_that_fails_at_once_is_tried_until_the_very_end(monkeypatch):
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Time begins at 0, and goes on by a hundredth of a second when it is looked at, and by sleeping."""
+    now = iter(range(10**6))
+    monkeypatch.setattr(time, "monotonic", lambda: next(now) / 100)
+    monkeypatch.setattr(time, "sleep", lambda seconds: [next(now) for _ in range(round(100 * seconds))])
+
+
+@pytest.mark.usefixtures("clock")
+def test_a_store_that_fails_at_once_is_tried_until_the_very_end():
     """A pause and an attempt like the last must fit into what is left; here they take next to nothing."""
-    attempts, clock = [], iter(range(10**6))
-    monkeypatch.setattr(time, "monotonic", lambda: next(clock) / 100)
-    monkeypatch.setattr(time, "sleep", lambda seconds: [next(clock) for _ in range(round(100 * seconds))])
+    attempts = []
 
     def fail(*_: object) -> None:
         attempts.append(time.monotonic())
@@ -370,3 +377,16 @@ def test_a_store_that_fails_at_once_is_tried_until_the_very_end(monkeypatch):
         storage.persistently("memory://x", fail, patience=20.0)
     assert 17.5 < attempts[-1] - attempts[0] <= 20
     assert len(attempts) >= 10
+
+
+@pytest.mark.usefixtures("clock")
+def test_a_store_that_is_away_is_told_of_once_a_minute_whatever_the_number_of_files(caplog):
+    def fail(*_: object) -> None:
+        raise ConnectionResetError
+
+    storage.tell.cache_clear()
+    for number in range(10):  # eight to ten seconds each
+        with refused(f"memory://folder/{number}: the store does not answer"):
+            storage.persistently(f"memory://folder/{number}", fail, patience=10.0)
+    line = "memory://folder: the store does not answer; trying again for up to 10 s"
+    assert caplog.messages == [line, line]

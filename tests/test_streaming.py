@@ -5,16 +5,15 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import TypeVar
 
 import psutil
 import pytest
 import servers
-from conftest import copied, forget_clients, noise, prepared
+from conftest import awaited, copied, forget_clients, noise, prepared
 from faults import FaultProxy, Faults
 from test_data import assert_same, reader
 from test_training import launched
@@ -22,8 +21,6 @@ from test_training import launched
 from aaae_dist import storage
 from aaae_dist.data import Batch, Stream
 from aaae_dist.reader import Reader
-
-Result = TypeVar("Result")
 
 ORDER = {"seed": 0, "lanes": 4, "window": 100, "batch_size": 50}
 
@@ -43,15 +40,6 @@ def through(proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
         forget_clients()
         yield
     forget_clients()
-
-
-def awaited(call: Callable[[], Result]) -> Result:
-    """What a call returns when that is something; it is asked again and again."""
-    deadline = time.monotonic() + 30
-    while not (found := call()):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    return found
 
 
 def stream(source: Reader, count: int, **settings: int) -> list[Batch]:
