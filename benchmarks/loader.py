@@ -8,9 +8,10 @@ prepare` does with photographs (JPEG, quality 95, colours in full resolution), a
 each loader finds the same images in its own format.
 
 First table: local files, an epoch in mid-stream, the middle one of five rounds, in each of which all loaders have
-their turn; in brackets the decode limit's time over the loader's in the same round, the middle one too. Second: 2 workers and an S3 store behind a proxy that
-delays every request: seconds from the loader's construction, all packages imported, to its first batch, with an empty
-cache; CPU of all until the end of the first epoch, workers' start and download included; and of an epoch after that.
+their turn; in brackets the decode limit's time over the loader's, of the same round, again the middle one. Second: 2
+workers and an S3 store behind a proxy that delays every request: seconds from the loader's construction, all packages
+imported, to its first batch, with an empty cache; CPU of all until the end of the first epoch, workers' start and
+download included; and of an epoch after that.
 
 webdataset knows no s3://. It is given what its users give it, `pipe:aws s3 cp URL -`; and, as the least that is
 possible, URLs that were signed beforehand, which no long training can use, as they expire.
