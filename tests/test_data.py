@@ -1,6 +1,7 @@
 """Streams: the same batches for any ranks and workers, from any sample on; mixes; sweeps."""
 
 import errno
+import gc
 import itertools
 import json
 import os
@@ -211,13 +212,24 @@ def data_workers() -> list[psutil.Process]:
     return [child for child in psutil.Process().children() if "aaae_dist.workers" in child.cmdline()]
 
 
-def test_workers_end_with_their_stream(many):
+def shared_memories() -> int:
+    """Descriptors of memory shared with workers that this process holds."""
+    return sum("/memfd:batches" in os.readlink(link) for link in Path("/proc/self/fd").iterdir() if link.is_symlink())
+
+
+def test_workers_end_with_their_stream_and_leave_nothing(many):
+    held, blocked = shared_memories(), signal.pthread_sigmask(signal.SIG_BLOCK, [])
     stream = iter(Stream([reader(many, keep=False)], **USUAL, workers=2))
     next(stream)
     workers = data_workers()
     assert len(workers) == 2
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == blocked
+    assert shared_memories() == held + 1
     stream.close()
     assert psutil.wait_procs(workers, timeout=10)[1] == []
+    del stream
+    gc.collect()
+    assert shared_memories() == held
 
 
 def test_neither_workers_nor_whole_shards_delay_the_first_batch(many, monkeypatch):
