@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import logging
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -65,7 +66,7 @@ class Cache:
         Raises:
             UserError: the store fails for longer than `patience` seconds, or its bytes are not what the index says.
         """
-        with storage.explained(str(self.folder)):
+        with storage.explained(str(self.folder)), suppress(FileNotFoundError):  # someone emptied the folder: begin anew
             if (file := self.get(shard)) is not None or (file := self.begin(shard)) is None:
                 return file
             try:
@@ -79,7 +80,7 @@ class Cache:
                     raise
                 self.part(shard).unlink(missing_ok=True)
                 self.tell(f"{self.folder}: no space left")
-            return None
+        return None
 
     def part(self, shard: Shard) -> Path:
         """Where a shard grows; the name says how much room it will take."""
@@ -92,7 +93,9 @@ class Cache:
         with (self.folder / ".lock").open("ab") as door:
             fcntl.flock(door, fcntl.LOCK_EX)
             if not part.exists() and not self.make_room(size(shard)):
-                self.tell(f"data.cache_gb {self.limit / 1e9:g}: it does not hold all shards in play")
+                full = self.free_disk() < size(shard) < self.limit
+                limit = f"data.cache_gb {self.limit / 1e9:g}: it does not hold all shards in play"
+                self.tell(f"{self.folder}: no space left" if full else limit)
                 return None
             file = os.open(part, os.O_RDWR | os.O_CREAT, 0o644)
         with suppress(FileNotFoundError):  # completed or given up just now, by another process
@@ -128,30 +131,40 @@ class Cache:
     def make_room(self, wanted: int) -> bool:
         """Remove what was not used for longest until so many bytes fit; not what a process has open."""
         found = []
-        for path in [*self.folder.glob("*.tar"), *self.folder.glob("*.part")]:
+        for path in self.folder.glob("*.part"):  # before the tars: what becomes one meanwhile counts twice, not never
+            used, room = 0, re.fullmatch(r"\w+\.(\d+)\.part", path.name)
             with suppress(FileNotFoundError):
-                state = path.stat()
-                takes = int(path.name.split(".")[1]) if path.suffix == ".part" else state.st_size
-                found.append((state.st_mtime_ns, takes, path))
-        free = self.limit - sum(takes for _, takes, _ in found)
+                used = path.stat().st_mtime_ns
+            if room:
+                found.append((used, int(room[1]), path))
+        for path in self.folder.glob("*.tar"):
+            with suppress(FileNotFoundError):
+                found.append((path.stat().st_mtime_ns, path.stat().st_size, path))
+        free = min(self.limit - sum(takes for _, takes, _ in found), self.free_disk())
         for _, takes, path in sorted(found):
             if free >= wanted:
                 break
-            with suppress(FileNotFoundError), path.open("rb") as file:
+            # Open for writing, which NFS asks for; what another user put there is not ours to remove.
+            with suppress(FileNotFoundError, PermissionError), path.open("rb+") as file:
                 if lock(file.fileno(), fcntl.LOCK_EX):
                     path.unlink()
                     free += takes
         return free >= wanted
 
+    def free_disk(self) -> int:
+        """Bytes that the disk has left for this user."""
+        disk = os.statvfs(self.folder)
+        return disk.f_bavail * disk.f_frsize
+
     def tell(self, problem: str) -> None:
         """Warn, once."""
-        if not self.told:
+        told, self.told = self.told, True
+        if not told:
             log.warning(
                 "%s; the other shards' samples are fetched one by one, which is slower: raise data.cache_gb, set "
                 "data.cache to a larger disk, or lower data.window",
                 problem,
             )
-        self.told = True
 
 
 def size(shard: Shard) -> int:

@@ -18,10 +18,11 @@ from aaae_dist import storage
 from aaae_dist.arguments import parser
 from aaae_dist.config import Data, load_config
 from aaae_dist.errors import UserError
-from aaae_dist.stopping import StopRequest
+from aaae_dist.stopping import StopRequest, end_with_parent
 
 log = logging.getLogger("aaae_dist")
 
+CANCELLED = 128 + signal.SIGINT  # exit code
 AT_ONCE = 250  # images of a forward pass
 
 
@@ -69,6 +70,8 @@ def prepare(arguments: argparse.Namespace) -> None:
 def train(arguments: argparse.Namespace) -> None:
     stop = StopRequest()
     stop.listen()  # before the seconds that the imports take
+    if "LOCAL_RANK" in os.environ:  # a launcher that is killed leaves its ranks behind; restarted, there were two runs
+        end_with_parent()
     config = load_config(arguments.config)
     from aaae_dist.distributed import leave, lost_peer
     from aaae_dist.training import Trainer
@@ -325,7 +328,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
             if sys.stdout:  # None where the caller closed it
                 sys.stdout.flush()  # so that a failure to deliver the results is met here
     except KeyboardInterrupt:
-        end(128 + signal.SIGINT)
+        end(CANCELLED)
     except UserError as error:
         mistake = str(error)
     except (OSError, MemoryError, RuntimeError) as error:
@@ -339,13 +342,13 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
 
 def end(code: int) -> NoReturn:
-    """Exit; as one rank of several, at once.
+    """Exit; at once after Ctrl-C, though threads may wait for a store, and as one of several ranks.
 
     Gloo's threads let go of Python objects when they come to it. One that comes to it while the interpreter takes
     itself down is killed inside C++, and the whole process with it (SIGABRT, "terminate called without an active
     exception"): one in three of the runs that had nothing left to do ended so.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if code == CANCELLED or int(os.environ.get("WORLD_SIZE", "1")) > 1:
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)

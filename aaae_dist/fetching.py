@@ -5,6 +5,7 @@ import os
 import re
 import resource
 import threading
+import time
 import zlib
 from collections import deque
 from collections.abc import Container, Sequence
@@ -26,6 +27,7 @@ Place = tuple[int, int]  # of a sample: its shard's number, and its own number i
 
 REQUESTS = 32  # at a time, for single samples
 DOWNLOADS = 4  # at a time, of whole shards
+OPEN_FILES = 1 << 16
 
 
 class Opened:
@@ -67,7 +69,7 @@ class Fetcher:
         self.files: dict[int, Opened] = {}  # opened shards
         self.offsets: dict[int, Offsets] = {}
         self.locks = [threading.Lock() for _ in shards]
-        allow_open_files(len(shards))
+        allow_open_files()
         self.requests = ThreadPoolExecutor(REQUESTS, thread_name_prefix="samples")
 
         self.plans: dict[str, list[int]] = {}
@@ -175,6 +177,8 @@ class Fetcher:
             log.warning("%s: its copy in %s is damaged; fetched again", self.urls[shard], self.cache.folder)
             self.cache.drop(self.shards[shard])
             self.offsets.pop(shard, None)
+            with self.changed:
+                self.bring_missing()
 
     def file(self, shard: int) -> Opened | None:
         """A shard that is on a disk of this node, opened; none if it is to be fetched."""
@@ -194,18 +198,23 @@ class Fetcher:
         """Say which shards `user` will need, the first first; those that no user needs any more are let go."""
         with self.changed:
             self.plans[user] = [shard for shard in shards if not self.local[shard]]
-            planned = self.planned()
-            self.let_go(planned)
+            self.let_go(self.planned())
             self.changed.notify_all()
-            for _ in range(min(DOWNLOADS, len(planned)) - self.downloads):
-                threading.Thread(target=self.bring, name="shards", daemon=True).start()
-                self.downloads += 1
+            self.bring_missing()
 
     def let_go(self, planned: Container[int]) -> None:
         """Close the other cached shards, so that they can make room, when their last users are done with them."""
         for shard in list(self.files):
             if not self.local[shard] and shard not in planned:
                 self.files.pop(shard, None)
+                self.offsets.pop(shard, None)
+
+    def bring_missing(self) -> None:
+        """Start threads for the planned shards that are not here."""
+        missing = self.planned().keys() - self.files.keys()
+        for _ in range(min(DOWNLOADS, len(missing)) - self.downloads):
+            threading.Thread(target=self.bring, name="shards", daemon=True).start()
+            self.downloads += 1
 
     def planned(self) -> dict[int, None]:
         return dict.fromkeys(shard for plan in self.plans.values() for shard in plan)
@@ -227,13 +236,13 @@ class Fetcher:
                 self.failure = error
             with self.changed:
                 self.underway.discard(shard)
-                if file is None:
-                    self.changed.wait(1.0)  # for room, or for the process that is at it
-                elif shard in self.planned():
+                if file is not None and shard in self.planned():
                     self.files[shard] = Opened(file)
                     self.changed.notify_all()
-                else:
+                elif file is not None:
                     os.close(file)
+            if file is None and not self.failure:
+                time.sleep(1.0)  # for room, or for the process that is at it
 
     def next_missing(self) -> int | None:
         """The planned shard that a thread is to fetch; none when its work is done."""
@@ -247,8 +256,9 @@ class Fetcher:
             return shard
 
 
-def allow_open_files(count: int) -> None:
-    """Raise this process's soft limit of open files, often 1,024, if a reader of so many shards may need more."""
+def allow_open_files() -> None:
+    """Raise this process's soft limit of open files, often 1,024, as far as it may: shards in use are kept open."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and 2 * count + 256 > soft:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(OPEN_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

@@ -124,7 +124,10 @@ def marks_of(members: Mapping[str, bytes], attributes: Sequence[str]) -> list[in
         return []
     if ATTRIBUTES not in members:
         raise ValueError("no attributes")
-    marks = json.loads(members[ATTRIBUTES])
+    try:
+        marks = json.loads(members[ATTRIBUTES])
+    except RecursionError:
+        marks = None
     if not isinstance(marks, list) or len(marks) != len(attributes) or any(mark not in (0, 1) for mark in marks):
         raise ValueError(f"its attributes are not {len(attributes)} of 0 and 1")
     return marks

@@ -1,12 +1,14 @@
-"""A polite request to stop: SIGTERM, SIGUSR1 and Ctrl-C raise a flag, and the loop looks at it between steps.
+"""How a process comes to its end: a polite request, which the loop looks at between steps, or its parent's death.
 
 No heavy imports here, so that the handler is in place before they take their seconds.
 """
 
+import ctypes
 import signal
 from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+SET_PARENT_DEATH_SIGNAL = 1  # of Linux's prctl
 
 
 class StopRequest:
@@ -25,3 +27,10 @@ class StopRequest:
         self.signal = signal.Signals(number)
         if number == signal.SIGINT:
             signal.signal(number, signal.default_int_handler)  # Ctrl-C twice leaves at once
+
+
+def end_with_parent() -> None:
+    """Be killed when the process that started this one ends, however that ends (Linux only)."""
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)
+    if prctl is not None:
+        prctl(SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)

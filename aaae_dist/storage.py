@@ -16,6 +16,7 @@ import os
 import random
 import re
 import secrets
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -213,7 +214,7 @@ def persistently(
                 return call(store, path)
             except Exception as error:
                 attempts += 1
-                pause = min(0.05 * 2**attempts, 2.0) * random.uniform(0.5, 1.0)  # noqa: S311  no secret
+                pause = min(0.05 * 2 ** min(attempts, 10), 2.0) * random.uniform(0.5, 1.0)  # noqa: S311  no secret
                 spent, took = time.monotonic() - began, min(time.monotonic() - started, SILENCE)
                 if is_local(url) or not may_pass(error):
                     raise
@@ -221,8 +222,14 @@ def persistently(
                     tried = f" ({attempts} attempts in {spent:.0f} s)" if attempts > 1 else ""
                     raise UserError(f"{url}: {reason(error)}{tried}") from error
                 if spent > WORTH_TELLING:
-                    tell(url.rpartition("/")[0], reason(error).partition(";")[0], limit, int(time.monotonic() // 60))
+                    with TELLING:
+                        tell(
+                            url.rpartition("/")[0], reason(error).partition(";")[0], limit, int(time.monotonic() // 60)
+                        )
                 time.sleep(pause)
+
+
+TELLING = threading.Lock()
 
 
 @functools.lru_cache(maxsize=64)

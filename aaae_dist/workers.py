@@ -6,7 +6,6 @@ leaves signals to that. (Threads need less code, but with images of 64 x 64 pixe
 each other.)
 """
 
-import ctypes
 import json
 import logging
 import math
@@ -18,7 +17,7 @@ import subprocess
 import sys
 import threading
 import weakref
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from itertools import cycle
@@ -34,9 +33,9 @@ from aaae_dist.errors import UserError
 from aaae_dist.fetching import Place
 from aaae_dist.reader import Bad, Reader, Told
 from aaae_dist.shards import Index
+from aaae_dist.stopping import end_with_parent
 
 TRAINERS_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-SET_PARENT_DEATH_SIGNAL = 1  # of Linux's prctl
 UNANSWERED = 60.0  # seconds, on top of what a store may take, after which a worker that does not answer is given up
 AHEAD = 2  # batches that a worker is asked for before the first is taken
 
@@ -92,10 +91,10 @@ class Crew:
     def __init__(self, readers: Sequence[Reader], *, shape: tuple[int, ...], workers: int) -> None:
         self.readers, self.shape = readers, shape
         self.slots = (AHEAD + 1) * workers + 1
+        self.free = deque(range(self.slots))
         descriptor = os.memfd_create("batches")
         os.ftruncate(descriptor, self.slots * math.prod(shape))
         self.memory = mmap.mmap(descriptor, 0)
-        self.free = deque(range(self.slots))
         setup = {
             "memory": descriptor,
             "shape": shape,
@@ -106,6 +105,7 @@ class Crew:
         }
         line = [sys.executable, "-m", "aaae_dist.workers"]
         self.workers: list[subprocess.Popen[bytes]] = []
+        self.told: defaultdict[int, SimpleQueue[dict[str, Any] | None]] = defaultdict(SimpleQueue)  # by process
         earlier = signal.pthread_sigmask(signal.SIG_BLOCK, TRAINERS_SIGNALS)  # they inherit it
         try:
             for _ in range(workers):
@@ -126,7 +126,8 @@ class Crew:
             os.close(descriptor)
         self.said = {worker.pid: b"" for worker in self.workers}  # what was read and not yet taken
         for worker in self.workers:
-            self.send(worker, setup)
+            self.told[worker.pid].put(setup)
+            threading.Thread(target=self.tell, args=[worker], name="workers", daemon=True).start()
 
     def answers(self, first: Answer, requests: Iterator[Request]) -> Iterator[Answer]:
         """An answer that is there already, and after it those of the requests in their order."""
@@ -138,10 +139,9 @@ class Crew:
                 while len(waiting) < AHEAD * len(self.workers) and self.free:
                     worker, request, slot = next(turns), next(requests), self.free.popleft()
                     for other in self.workers if request.plans else ():
-                        self.send(other, {"plans": request.plans})
-                    self.send(
-                        worker, {"slot": slot, "reads": [(n, places.tobytes().hex()) for n, places in request.reads]}
-                    )
+                        self.told[other.pid].put({"plans": request.plans})
+                    reads = [(n, places.tobytes().hex()) for n, places in request.reads]
+                    self.told[worker.pid].put({"slot": slot, "reads": reads})
                     waiting.append((worker, slot))
                 yield following or self.take(*waiting.popleft())
                 following = None
@@ -187,16 +187,20 @@ class Crew:
         line, _, self.said[worker.pid] = said.partition(b"\n")
         return bytes(line)
 
-    def send(self, worker: subprocess.Popen[bytes], message: dict[str, Any]) -> None:
+    def tell(self, worker: subprocess.Popen[bytes]) -> None:
+        """Pass on what a worker is to be told. It may be long in listening, and a pipe holds little."""
         assert worker.stdin
-        with suppress(BrokenPipeError):  # it died; `take` tells
-            worker.stdin.write(json.dumps(message).encode() + b"\n")
-            worker.stdin.flush()
+        with suppress(BrokenPipeError, ValueError):  # it died, which `take` tells, or was dismissed
+            while (message := self.told[worker.pid].get()) is not None:
+                worker.stdin.write(json.dumps(message).encode() + b"\n")
+                worker.stdin.flush()
 
     def dismiss(self) -> None:
         """End all workers."""
         for worker in self.workers:
             worker.kill()
+        for worker in self.workers:
+            self.told[worker.pid].put(None)
         for worker in self.workers:
             with suppress(subprocess.TimeoutExpired):  # a disk that hangs may hold it; it ends when that lets go
                 worker.communicate(timeout=5)
@@ -211,8 +215,9 @@ def listen(messages: SimpleQueue[str]) -> None:
 
 def work() -> NoReturn:
     """The life of a worker. It ends with the thread that started it, even if it is stopped."""
-    ctypes.CDLL(None).prctl(SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
-    logging.basicConfig(stream=sys.stderr, format="aaae data worker: %(message)s", level=logging.WARNING)
+    end_with_parent()
+    rank = f" rank {os.environ['RANK']}" if os.environ.get("RANK", "0") != "0" else ""  # as `cli.main` names it
+    logging.basicConfig(stream=sys.stderr, format=f"aaae{rank} data worker: %(message)s", level=logging.WARNING)
     logging.getLogger("aaae_dist.reader").setLevel(logging.ERROR)  # bad samples are told of in the answers
     setup = json.loads(sys.stdin.readline())
     slots = np.frombuffer(mmap.mmap(setup["memory"], 0), np.uint8).reshape(-1, *setup["shape"])

@@ -4,12 +4,14 @@ import fcntl
 import hashlib
 import os
 import re
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -131,6 +133,66 @@ def test_a_full_disk_ends_no_run(full_disk, caplog):
     assert names(cache.folder) == set()
     (message,) = caplog.messages
     assert message.startswith(f"{cache.folder}: no space left; the other shards' samples are fetched one by one")
+
+
+def test_what_the_disk_cannot_hold_is_not_fetched_and_the_unused_makes_room(tmp_path, requests, monkeypatch):
+    cache, disk = Cache(tmp_path, limit=10 * MB), 2 * MB
+
+    def left(path: Path) -> os.statvfs_result:
+        return os.statvfs_result([1, 1, 0, 0, disk - sum(file.stat().st_size for file in tmp_path.iterdir()), *[0] * 5])
+
+    monkeypatch.setattr(os, "statvfs", left)
+    take(cache, 0)
+    assert take(cache, 1) == shard(1)[2]
+    assert names(tmp_path) == {f"{shard(1)[1].sha256}.tar"}
+    disk, before = MB // 2, len(requests)
+    assert take(cache, 2) is None
+    assert requests[before:] == []
+
+
+def test_a_download_that_ends_meanwhile_is_counted(tmp_path, monkeypatch):
+    cache = Cache(tmp_path, limit=2 * MB)
+    _, record, data = shard(0)
+    part, real = cache.part(record), Path.stat
+    part.write_bytes(data)
+
+    def late(path: Path, **more: bool) -> os.stat_result:
+        if path == part and os.path.exists(path):
+            path.rename(tmp_path / f"{record.sha256}.tar")
+        return real(path, **more)
+
+    monkeypatch.setattr(Path, "stat", late)
+    assert not cache.make_room(MB + MB // 2)
+
+
+def test_a_folder_that_is_removed_amid_a_download_is_made_anew(tmp_path, monkeypatch):
+    cache, whole = Cache(tmp_path / "cache", limit=10 * MB), module.pieces
+
+    def removed(*arguments: Any, **more: Any) -> Iterator[bytes]:
+        yield from whole(*arguments, **more)
+        monkeypatch.setattr(module, "pieces", whole)
+        shutil.rmtree(cache.folder)
+
+    monkeypatch.setattr(module, "pieces", removed)
+    assert take(cache, 0) is None
+    assert take(cache, 0) == shard(0)[2]
+
+
+def test_several_processes_hold_one_shard(tmp_path):
+    url, record, data = shard(0)
+    first = Cache(tmp_path, limit=10 * MB).fetch(url, record, lambda: OFFSETS, patience=1.0)
+    second = Cache(tmp_path, limit=10 * MB).get(record)
+    assert first is not None
+    assert second is not None
+    assert os.pread(second, MB, 0) == data
+    os.close(first)
+    os.close(second)
+
+
+def test_strangers_in_the_folder_are_let_alone(tmp_path):
+    (tmp_path / "x.tar.part").write_bytes(bytes(MB))
+    assert take(Cache(tmp_path, limit=MB + 100), 0) == shard(0)[2]
+    assert "x.tar.part" in names(tmp_path)
 
 
 def test_a_wrong_copy_is_thrown_away(tmp_path, requests):

@@ -11,18 +11,23 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import servers
 from accelerate.state import AcceleratorState
 from conftest import forget_clients, small_disk
+from faults import FaultProxy, Faults
 from PIL import Image
 
+from aaae_dist import storage
 from aaae_dist.arguments import parser
 from aaae_dist.cli import COMMANDS, main
 from aaae_dist.config import settings
+from aaae_dist.shards import INDEX
 from aaae_dist.sources import SOURCES
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": ""}  # streams as users have them
@@ -504,6 +509,32 @@ def test_an_interrupted_training_saves_and_ends_quietly(tiny: Path, tmp_path: Pa
         assert "Traceback" not in said
         assert re.search(r"/new: stopped as asked, after [\d,]+ of 100,000,000 images; the same command again", said)
     assert len(list((tmp_path / "new" / "checkpoints").glob("*/COMPLETE"))) == 1
+
+
+def test_ctrl_c_twice_leaves_at_once_even_while_a_store_is_waited_for(digits: str, tiny: Path, tmp_path: Path) -> None:
+    with servers.files(Path(digits)) as url, FaultProxy(url) as proxy:
+        proxy.faults = Faults(silent=True)
+        index = storage.read_json(f"{digits}/{INDEX}")
+        for shard in index["shards"]:
+            shard |= {name: f"{proxy.url}/{shard[name]}" for name in ("url", "offsets")}
+        storage.write_json(f"{tmp_path}/{INDEX}", index)
+        settings = [
+            f"training.run={tmp_path}/new",
+            f"data.url={tmp_path}",
+            f"data.cache={tmp_path}",
+            "data.patience=60",
+        ]
+        line = [*AAAE, "train", str(tiny), *settings]
+        with subprocess.Popen(line, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True) as training:
+            assert training.stderr
+            assert "trying again for up to 60 s" in training.stderr.readline()
+            training.send_signal(signal.SIGINT)
+            time.sleep(0.5)  # two that come together are one
+            training.send_signal(signal.SIGINT)
+            began = time.monotonic()
+            assert training.wait(60) == 130
+            assert time.monotonic() - began < 10
+            assert "Traceback" not in training.stderr.read()
 
 
 # --- results

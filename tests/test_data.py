@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -249,6 +250,19 @@ def test_neither_workers_nor_whole_shards_delay_the_first_batch(many, monkeypatc
     stream.close()
 
 
+def test_a_worker_that_is_long_in_listening_holds_nobody_up(tmp_path, monkeypatch):
+    """Its index and its requests are longer than what a pipe holds."""
+    prepared(noise(503), out := tmp_path / "shards", channels=1, held_out=3, samples_per_shard=1)
+    (tmp_path / "deaf").write_text("#!/bin/sh\nexec sleep 100\n")
+    (tmp_path / "deaf").chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "deaf"))
+    stream = iter(Stream([reader(str(out), keep=False)], **USUAL, workers=2))
+    next(stream)
+    (first, second) = (child for child in psutil.Process().children() if child.cmdline()[-1:] == ["100"])
+    stream.close()
+    assert psutil.wait_procs([first, second], timeout=10)[1] == []
+
+
 def test_a_dead_worker_is_one_line(many):
     stream = iter(Stream([reader(many, keep=False)], **USUAL, workers=2))
     next(stream)
@@ -376,6 +390,24 @@ def test_data_sets_that_do_not_go_together_are_one_line(mixed, digits, tmp_path)
 def test_a_weight_too_small_for_a_batch_is_one_line(mixed):
     with refused(r"data\.mix: the smallest weight gives 0\.24 of the 24 images of a batch; raise it, or"):
         Stream(mixed, weights=(99.0, 1.0), **USUAL)
+    with refused(r"data\.mix: the smallest weight gives 0\.96 of the 24 images of a batch; raise it, or"):
+        Stream(mixed, weights=(24.0, 1.0), **USUAL)
+    Stream(mixed, weights=(23.0, 1.0), **USUAL)  # one
+
+
+def test_a_batch_may_take_a_whole_data_set_but_of_a_mix_one_sample_less(tmp_path):
+    """Its quota differs by one from batch to batch."""
+    sets = []
+    for size in (4, 5):
+        prepared(noise(27), tmp_path / str(size), channels=1, samples_per_shard=size)
+        sets.append(reader(str(tmp_path / str(size))))
+    usual = USUAL | {"lanes": 4}
+    Stream(sets[:1], **usual | {"batch_size": 24})
+    with refused("training.batch_size 25: larger than the 24 samples of an epoch"):
+        Stream(sets[:1], **usual | {"batch_size": 25})
+    Stream(sets, weights=(1.0, 1.0), **usual | {"batch_size": 46})
+    with refused("training.batch_size 48: larger than the 24 samples of an epoch"):
+        Stream(sets, weights=(1.0, 1.0), **usual | {"batch_size": 48})
 
 
 # --- sweeps

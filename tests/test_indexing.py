@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from conftest import contents, picture, refused, stock_samples
 from PIL import Image
+from test_reader import read_all, reader
 
 from aaae_dist import storage
 from aaae_dist.images import decode_into
@@ -96,6 +97,8 @@ def test_tars_of_every_kind_are_read_as_webdataset_reads_them(tmp_path, form, ki
     found = read_by_offsets(str(tmp_path), made)
     stock = stock_samples(str(tmp_path), "train") | stock_samples(str(tmp_path), "val")
     assert found.keys() == stock.keys()
+    read = reader(str(tmp_path), split="val", channels=3, size=16)
+    assert set(read_all(read)[0]) == stock_samples(str(tmp_path), "val").keys()
     for key, pixels in found.items():
         assert np.array_equal(pixels, stock[key][{"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}[kind]])
 

@@ -390,3 +390,12 @@ def test_a_store_that_is_away_is_told_of_once_a_minute_whatever_the_number_of_fi
             storage.persistently(f"memory://folder/{number}", fail, patience=10.0)
     line = "memory://folder: the store does not answer; trying again for up to 10 s"
     assert caplog.messages == [line, line]
+
+
+@pytest.mark.usefixtures("clock")
+def test_a_store_may_be_away_for_hours():
+    def fail(*_: object) -> None:
+        raise ConnectionResetError
+
+    with refused(r"memory://x: the store does not answer.* \(\d{4} attempts in 7[12]\d\d s\)"):
+        storage.persistently("memory://x", fail, patience=7200.0)

@@ -349,6 +349,17 @@ def test_a_rank_that_dies_brings_the_others_down_with_one_line(tmp_path, digits)
     assert "goes on from the last checkpoint" in ours[0]
 
 
+def test_ranks_end_with_a_launcher_that_is_killed(tmp_path, digits):
+    with launched(tmp_path / "run", digits) as launcher:
+        ranks = [psutil.Process(pid) for pid in workers_of(launcher.pid)]
+        assert len(ranks) == 2
+        launcher.kill()
+        _, left = psutil.wait_procs(ranks, timeout=10)
+        for rank in left:
+            rank.kill()
+        assert left == []
+
+
 def test_a_finished_run_has_nothing_left_to_do(tmp_path, digits, capsys):
     arguments = settings(tmp_path / "run", digits, "training.images=128")
     train(*arguments)
