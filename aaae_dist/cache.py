@@ -141,6 +141,8 @@ class Cache:
             with suppress(FileNotFoundError):
                 found.append((path.stat().st_mtime_ns, path.stat().st_size, path))
         free = min(self.limit - sum(takes for _, takes, _ in found), self.free_disk())
+        if free + sum(takes for _, takes, _ in found) < wanted:
+            return False
         for _, takes, path in sorted(found):
             if free >= wanted:
                 break

@@ -71,7 +71,7 @@ def train(arguments: argparse.Namespace) -> None:
     stop = StopRequest()
     stop.listen()  # before the seconds that the imports take
     if "LOCAL_RANK" in os.environ:  # a launcher that is killed leaves its ranks behind; restarted, there were two runs
-        end_with_parent()
+        end_with_parent(signal.SIGTERM)
     config = load_config(arguments.config)
     from aaae_dist.distributed import leave, lost_peer
     from aaae_dist.training import Trainer

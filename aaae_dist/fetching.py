@@ -210,7 +210,10 @@ class Fetcher:
                 self.offsets.pop(shard, None)
 
     def bring_missing(self) -> None:
-        """Start threads for the planned shards that are not here."""
+        """Start threads for the planned shards that are not here, or whose copy was dropped, by a worker perhaps."""
+        for shard, file in list(self.files.items()):
+            if not self.local[shard] and not os.fstat(file.descriptor).st_nlink:
+                self.files.pop(shard)
         missing = self.planned().keys() - self.files.keys()
         for _ in range(min(DOWNLOADS, len(missing)) - self.downloads):
             threading.Thread(target=self.bring, name="shards", daemon=True).start()

@@ -29,8 +29,8 @@ class StopRequest:
             signal.signal(number, signal.default_int_handler)  # Ctrl-C twice leaves at once
 
 
-def end_with_parent() -> None:
-    """Be killed when the process that started this one ends, however that ends (Linux only)."""
+def end_with_parent(number: signal.Signals) -> None:
+    """Get this signal when the thread that started this process ends, however it ends (Linux only)."""
     prctl = getattr(ctypes.CDLL(None), "prctl", None)
     if prctl is not None:
-        prctl(SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
+        prctl(SET_PARENT_DEATH_SIGNAL, number)

@@ -222,21 +222,21 @@ def persistently(
                     tried = f" ({attempts} attempts in {spent:.0f} s)" if attempts > 1 else ""
                     raise UserError(f"{url}: {reason(error)}{tried}") from error
                 if spent > WORTH_TELLING:
-                    with TELLING:
-                        tell(
-                            url.rpartition("/")[0], reason(error).partition(";")[0], limit, int(time.monotonic() // 60)
-                        )
+                    tell(url, reason(error).partition(";")[0], limit)
                 time.sleep(pause)
 
 
-TELLING = threading.Lock()
+def tell(url: str, problem: str, limit: float) -> None:
+    """Warn of a store that is asked again: once a minute, however many of its files are waited for."""
+    folder = url if re.fullmatch(r"\w+://[^/]*", url) else url.rpartition("/")[0]
+    minute = int(time.monotonic() // 60)
+    with TELLING:
+        told, TOLD[folder] = TOLD.get(folder), minute
+    if told != minute:
+        log.warning("%s: %s; trying again for up to %.0f s", folder, problem, limit)
 
 
-@functools.lru_cache(maxsize=64)
-def tell(folder: str, problem: str, limit: float, minute: int) -> None:
-    """Warn of a store that is asked again; once a minute, however many of its files are waited for."""
-    del minute
-    log.warning("%s: %s; trying again for up to %.0f s", folder, problem, limit)
+TELLING, TOLD = threading.Lock(), dict[str, int]()  # the minute in which this process warned of a folder
 
 
 def exists(url: str) -> bool:

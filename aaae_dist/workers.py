@@ -114,6 +114,7 @@ class Crew:
                         line,
                         stdin=subprocess.PIPE,
                         stdout=subprocess.PIPE,
+                        bufsize=0,  # no buffer, no lock: `dismiss` must not wait for a thread that is amid a message
                         pass_fds=[descriptor],
                         start_new_session=True,
                     )
@@ -190,20 +191,24 @@ class Crew:
     def tell(self, worker: subprocess.Popen[bytes]) -> None:
         """Pass on what a worker is to be told. It may be long in listening, and a pipe holds little."""
         assert worker.stdin
-        with suppress(BrokenPipeError, ValueError):  # it died, which `take` tells, or was dismissed
+        with suppress(OSError, ValueError):  # it died, which `take` tells, or was dismissed
             while (message := self.told[worker.pid].get()) is not None:
-                worker.stdin.write(json.dumps(message).encode() + b"\n")
-                worker.stdin.flush()
+                line = memoryview(json.dumps(message).encode() + b"\n")
+                while line:
+                    line = line[worker.stdin.write(line) :]
 
     def dismiss(self) -> None:
         """End all workers."""
         for worker in self.workers:
             worker.kill()
-        for worker in self.workers:
             self.told[worker.pid].put(None)
         for worker in self.workers:
+            assert worker.stdin
+            assert worker.stdout
+            worker.stdin.close()
+            worker.stdout.close()
             with suppress(subprocess.TimeoutExpired):  # a disk that hangs may hold it; it ends when that lets go
-                worker.communicate(timeout=5)
+                worker.wait(timeout=5)
 
 
 def listen(messages: SimpleQueue[str]) -> None:
@@ -215,7 +220,7 @@ def listen(messages: SimpleQueue[str]) -> None:
 
 def work() -> NoReturn:
     """The life of a worker. It ends with the thread that started it, even if it is stopped."""
-    end_with_parent()
+    end_with_parent(signal.SIGKILL)
     rank = f" rank {os.environ['RANK']}" if os.environ.get("RANK", "0") != "0" else ""  # as `cli.main` names it
     logging.basicConfig(stream=sys.stderr, format=f"aaae{rank} data worker: %(message)s", level=logging.WARNING)
     logging.getLogger("aaae_dist.reader").setLevel(logging.ERROR)  # bad samples are told of in the answers

@@ -150,6 +150,13 @@ def test_what_the_disk_cannot_hold_is_not_fetched_and_the_unused_makes_room(tmp_
     assert requests[before:] == []
 
 
+def test_what_can_never_fit_empties_no_cache(tmp_path):
+    cache = Cache(tmp_path, limit=MB + MB // 2)
+    assert take(cache, 0) == shard(0)[2]
+    assert not cache.make_room(2 * MB)
+    assert names(tmp_path) == {f"{shard(0)[1].sha256}.tar"}
+
+
 def test_a_download_that_ends_meanwhile_is_counted(tmp_path, monkeypatch):
     cache = Cache(tmp_path, limit=2 * MB)
     _, record, data = shard(0)

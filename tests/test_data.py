@@ -17,7 +17,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from conftest import noise, prepared, refused
+from conftest import awaited, noise, prepared, refused
 from sklearn.datasets import load_digits
 
 from aaae_dist.config import Data
@@ -253,14 +253,23 @@ def test_neither_workers_nor_whole_shards_delay_the_first_batch(many, monkeypatc
 def test_a_worker_that_is_long_in_listening_holds_nobody_up(tmp_path, monkeypatch):
     """Its index and its requests are longer than what a pipe holds."""
     prepared(noise(503), out := tmp_path / "shards", channels=1, held_out=3, samples_per_shard=1)
-    (tmp_path / "deaf").write_text("#!/bin/sh\nexec sleep 100\n")
+    (tmp_path / "deaf").write_text("#!/bin/sh\nsleep 100\n")  # the pipe stays open when the shell is killed
     (tmp_path / "deaf").chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(tmp_path / "deaf"))
+
+    def sleepers() -> list[psutil.Process]:
+        return [child for child in psutil.Process().children(recursive=True) if child.name() == "sleep"]
+
     stream = iter(Stream([reader(str(out), keep=False)], **USUAL, workers=2))
     next(stream)
-    (first, second) = (child for child in psutil.Process().children() if child.cmdline()[-1:] == ["100"])
-    stream.close()
-    assert psutil.wait_procs([first, second], timeout=10)[1] == []
+    awaited(lambda: len(sleepers()) == 2)
+    left, began = sleepers(), time.monotonic()
+    try:
+        stream.close()
+        assert time.monotonic() - began < 20
+    finally:
+        for process in left:
+            process.kill()
 
 
 def test_a_dead_worker_is_one_line(many):

@@ -89,6 +89,23 @@ def test_workers_let_go_of_shards_with_the_plan(small, s3, tmp_path):
     assert all(0 < len(each) <= 8 for each in held), held
 
 
+@pytest.mark.parametrize("finder", ["this process", "another"])
+def test_a_damaged_copy_that_is_planned_comes_again(small, tmp_path, finder):
+    source = reader(copied(small, "memory://again"), cache=str(tmp_path))
+    source.fetcher.plan("test", [3])
+    awaited(lambda: 3 in source.fetcher.files)
+    path = tmp_path / "aaae_dist" / f"{source.shards[3].sha256}.tar"
+    content = path.read_bytes()
+    if finder == "another":
+        path.unlink()
+        source.fetcher.plan("test", [3])
+    else:
+        with path.open("r+b") as file:
+            file.write(bytes(2000))
+        source.read(np.array([[3, 0]]), np.zeros((1, 8, 8, 1), np.uint8))
+    awaited(lambda: path.exists() and path.read_bytes() == content and 3 in source.fetcher.files)
+
+
 def test_a_sweep_ends_at_a_shard_that_is_not_the_index_s(small, tmp_path):
     remote = copied(small, "memory://swept")
     index = storage.read_json(f"{remote}/{INDEX}")
