@@ -25,7 +25,7 @@ def files_below(url: str) -> list[str]:
             paths = list(walk(root))
     else:
         root = storage.locate(url)[1]
-        paths = storage.persistently(url, lambda store, path: list(map(str, store.find(path))))
+        paths = storage.persistently(url, storage.below)
     return sorted(path[len(root) :].lstrip("/") for path in paths)
 
 

@@ -240,7 +240,20 @@ TELLING, TOLD = threading.Lock(), dict[str, int]()  # the minute in which this p
 
 
 def exists(url: str) -> bool:
-    return persistently(url, lambda store, path: store.exists(path))
+    """Whether there is such a file or folder."""
+
+    def attempt(store: fsspec.AbstractFileSystem, path: str) -> bool:
+        if not path.startswith(("http://", "https://")):
+            return store.exists(path)
+        try:  # `exists` takes a server that does not answer for a file that is not there
+            store.info(path)
+        except FileNotFoundError as error:
+            if may_pass(error) and error.__cause__:
+                raise error.__cause__ from None
+            return False
+        return True
+
+    return persistently(url, attempt)
 
 
 def part(store: fsspec.AbstractFileSystem, path: str, start: int | None, stop: int | None) -> bytes:
@@ -283,6 +296,17 @@ def listing(url: str, *, patience: float | None = None) -> dict[str, int]:
         return dict(sorted(sizes.items()))
 
     return persistently(url, attempt, patience=patience)
+
+
+def below(store: fsspec.AbstractFileSystem, path: str) -> list[str]:
+    """Paths of all files below a folder."""
+    if path.startswith(("http://", "https://")):  # `find` takes a server that does not answer for an empty folder
+        return [
+            f"{str(folder).rstrip('/')}/{name}"
+            for folder, _, names in store.walk(path, on_error="raise")
+            for name in names
+        ]
+    return list(map(str, store.find(path)))
 
 
 def refuse_web(url: str) -> None:

@@ -19,6 +19,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from aaae_dist import storage
 from aaae_dist.errors import UserError
+from aaae_dist.names import files_below
 
 NAMES = ["a", "with space", "ünïcödé 🙂", "100% #1 [x] a+b=c&d?", "x" * 200, "deep/er/file.tar"]
 DENIED = "access denied; check the credentials and the permissions of this URL"
@@ -400,3 +401,17 @@ def test_a_store_may_be_away_for_hours():
 
     with refused(r"memory://x: the store does not answer.* \(\d{4} attempts in 7[12]\d\d s\)"):
         storage.persistently("memory://x", fail, patience=7200.0)
+
+
+def test_a_web_server_that_is_away_is_no_empty_folder(tmp_path, monkeypatch):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    for name in ("x", "a/y", "a/b/z"):
+        (tmp_path / name).write_bytes(b"")
+    with servers.files(tmp_path) as url:
+        assert files_below(url) == ["a/b/z", "a/y", "x"]
+        assert storage.exists(f"{url}/a/y")
+        assert not storage.exists(f"{url}/a/x")
+    monkeypatch.setattr(storage, "PATIENCE", 0.5)
+    for look in (files_below, storage.exists):
+        with refused(f"{url}/a: the store does not answer; check that it is up"):
+            look(f"{url}/a")
