@@ -212,8 +212,8 @@ class Fetcher:
     def bring_missing(self) -> None:
         """Start threads for the planned shards that are not here, or whose copy was dropped, by a worker perhaps."""
         for shard, file in list(self.files.items()):
-            if not self.local[shard] and not os.fstat(file.descriptor).st_nlink:
-                self.files.pop(shard)
+            if not self.local[shard] and not is_named(file.descriptor):
+                self.files.pop(shard, None)
         missing = self.planned().keys() - self.files.keys()
         for _ in range(min(DOWNLOADS, len(missing)) - self.downloads):
             threading.Thread(target=self.bring, name="shards", daemon=True).start()
@@ -257,6 +257,14 @@ class Fetcher:
             else:
                 self.underway.add(shard)
             return shard
+
+
+def is_named(descriptor: int) -> bool:
+    """Whether an open file still has a name in its folder."""
+    try:
+        return os.fstat(descriptor).st_nlink > 0
+    except OSError:  # on NFS another node may have removed it
+        return False
 
 
 def allow_open_files() -> None:

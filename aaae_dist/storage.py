@@ -300,13 +300,17 @@ def listing(url: str, *, patience: float | None = None) -> dict[str, int]:
 
 def below(store: fsspec.AbstractFileSystem, path: str) -> list[str]:
     """Paths of all files below a folder."""
-    if path.startswith(("http://", "https://")):  # `find` takes a server that does not answer for an empty folder
-        return [
-            f"{str(folder).rstrip('/')}/{name}"
-            for folder, _, names in store.walk(path, on_error="raise")
-            for name in names
-        ]
-    return list(map(str, store.find(path)))
+    if not path.startswith(("http://", "https://")):
+        return list(map(str, store.find(path)))
+    # `find` and `walk` take a folder of a web server that does not answer for an empty one.
+    found, folders = [], [path]
+    for folder in folders:  # it grows
+        for entry in store.ls(folder, detail=True):
+            if entry["type"] != "directory":
+                found.append(entry["name"])
+            elif entry["name"] not in folders:
+                folders.append(entry["name"])
+    return found
 
 
 def refuse_web(url: str) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import threading
 import time
 import traceback
+from http.server import SimpleHTTPRequestHandler
 from pathlib import Path
 
 import boto3
@@ -403,6 +404,16 @@ def test_a_store_may_be_away_for_hours():
         storage.persistently("memory://x", fail, patience=7200.0)
 
 
+class Partial(SimpleHTTPRequestHandler):
+    """A server that fails at one folder."""
+
+    def do_GET(self) -> None:
+        if "/b" in self.path:
+            self.send_error(503)
+        else:
+            super().do_GET()
+
+
 def test_a_web_server_that_is_away_is_no_empty_folder(tmp_path, monkeypatch):
     (tmp_path / "a" / "b").mkdir(parents=True)
     for name in ("x", "a/y", "a/b/z"):
@@ -412,6 +423,8 @@ def test_a_web_server_that_is_away_is_no_empty_folder(tmp_path, monkeypatch):
         assert storage.exists(f"{url}/a/y")
         assert not storage.exists(f"{url}/a/x")
     monkeypatch.setattr(storage, "PATIENCE", 0.5)
+    with servers.files(tmp_path, Partial) as partial, refused(f"{partial}: the store is overloaded"):
+        files_below(partial)
     for look in (files_below, storage.exists):
         with refused(f"{url}/a: the store does not answer; check that it is up"):
             look(f"{url}/a")
