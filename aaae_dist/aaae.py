@@ -78,17 +78,11 @@ class GenerativeAutoencoder(nn.Module):
         return mean + deviation * self.latent_generator(noise)
 
     def average(self) -> "GenerativeAutoencoder":
-        """A frozen copy without opponents: it samples and reconstructs, and is drawn behind this one by `follow`."""
+        """A frozen copy without opponents: it samples and reconstructs."""
         twin = copy.deepcopy(self)
         for name in self.OPPONENTS:
             delattr(twin, name)
         return twin.requires_grad_(False).eval()
-
-    @torch.no_grad()
-    def follow(self, other: "GenerativeAutoencoder", *, rate: float) -> None:
-        """Move weights and moments alike the fraction `rate` of the way to another's: they only make sense together."""
-        mine, theirs = self.state_dict(), other.state_dict()
-        torch._foreach_lerp_(list(mine.values()), [theirs[name] for name in mine], rate)
 
 
 def play(

@@ -19,7 +19,8 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 from aaae_dist import storage
-from aaae_dist.errors import UserError
+from aaae_dist.errors import UserError, one_line
+from aaae_dist.failures import explained
 
 LARGEST = 1 << 28  # bytes of an unpacked member: no picture has more, a decompression bomb has
 CHUNK = 1 << 22  # bytes of a read
@@ -27,7 +28,7 @@ HEADER = 30  # bytes before a member of a zip, besides its name and an extra fie
 
 
 def damaged(url: str, what: str, error: BaseException | str) -> UserError:
-    reason = error if isinstance(error, str) else storage.one_line(error)
+    reason = error if isinstance(error, str) else one_line(error)
     return UserError(f"{url}: not {what}, or cut short ({reason}); download it again")
 
 
@@ -140,7 +141,7 @@ class Tgz:
 
     def __init__(self, url: str) -> None:
         self.url = url
-        with storage.explained(tempfile.gettempdir()):
+        with explained(tempfile.gettempdir()):
             self.file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115  it lives as long as this object
         weakref.finalize(self, self.file.close)
         try:
@@ -157,7 +158,7 @@ class Tgz:
 
     def write(self, data: bytes) -> None:
         rest = memoryview(data)
-        with storage.explained(f"{tempfile.gettempdir()} (TMPDIR), to unpack {self.url}"):
+        with explained(f"{tempfile.gettempdir()} (TMPDIR), to unpack {self.url}"):
             while rest:
                 rest = rest[self.file.write(rest) :]
 
@@ -173,7 +174,7 @@ class Tgz:
         if name not in self.spans:
             raise UserError(f"{self.url}: it holds no {name}; download it again")
         begin, size = self.spans[name]
-        with storage.explained(self.url):
+        with explained(self.url):
             return os.pread(self.file.fileno(), size, begin)
 
 

@@ -22,6 +22,7 @@ from fsspec.asyn import sync
 
 from aaae_dist import storage
 from aaae_dist.errors import UserError
+from aaae_dist.failures import explained
 from aaae_dist.shards import Shard
 from aaae_dist.tars import size_of_offsets
 
@@ -30,13 +31,14 @@ log = logging.getLogger(__name__)
 PIECE = 1 << 26  # bytes of a request; it shrinks where requests fail
 SMALLEST_PIECE = 1 << 16
 READ = 1 << 20  # bytes that are taken from an answer at a time
+SLOWER = "the other shards' samples are fetched one by one, which is slower"
 
 
 class Cache:
     """Remote shards as local files, up to `limit` bytes of them."""
 
     def __init__(self, folder: Path, *, limit: int) -> None:
-        self.folder, self.limit, self.told = folder, limit, False
+        self.folder, self.limit, self.told = folder, limit, set[str]()
 
     def get(self, shard: Shard) -> int | None:
         """Descriptor of a shard that is here; it stays until that is closed. None: it is not here."""
@@ -53,9 +55,12 @@ class Cache:
         os.close(file)
         return None
 
-    def drop(self, shard: Shard) -> None:
-        """Forget a copy that turned out to be damaged."""
-        (self.folder / f"{shard.sha256}.tar").unlink(missing_ok=True)
+    def drop(self, shard: Shard, file: int) -> None:
+        """Forget a copy that turned out to be damaged, if another has not taken its place already."""
+        path = self.folder / f"{shard.sha256}.tar"
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file), path.stat()):
+                path.unlink()
 
     def fetch(self, url: str, shard: Shard, offsets: Callable[[], bytes], *, patience: float) -> int | None:
         """Descriptor of a shard, which is fetched unless it is here; None: no room, or another process is at it.
@@ -66,7 +71,7 @@ class Cache:
         Raises:
             UserError: the store fails for longer than `patience` seconds, or its bytes are not what the index says.
         """
-        with storage.explained(str(self.folder)), suppress(FileNotFoundError):  # someone emptied the folder: begin anew
+        with explained(str(self.folder)), suppress(FileNotFoundError):  # someone emptied the folder: begin anew
             if (file := self.get(shard)) is not None or (file := self.begin(shard)) is None:
                 return file
             try:
@@ -79,7 +84,7 @@ class Cache:
                 if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EDQUOT):
                     raise
                 self.part(shard).unlink(missing_ok=True)
-                self.tell(f"{self.folder}: no space left")
+                self.tell(self.disk_is_full())
         return None
 
     def part(self, shard: Shard) -> Path:
@@ -92,10 +97,10 @@ class Cache:
         part = self.part(shard)
         with (self.folder / ".lock").open("ab") as door:
             fcntl.flock(door, fcntl.LOCK_EX)
-            if not part.exists() and not self.make_room(size(shard)):
-                full = self.free_disk() < size(shard) < self.limit
-                limit = f"data.cache_gb {self.limit / 1e9:g}: it does not hold all shards in play"
-                self.tell(f"{self.folder}: no space left" if full else limit)
+            if (self.folder / f"{shard.sha256}.tar").exists():  # just now, or looked at by who makes room
+                return None
+            if not part.exists() and (problem := self.make_room(size(shard))):
+                self.tell(problem)
                 return None
             file = os.open(part, os.O_RDWR | os.O_CREAT, 0o644)
         with suppress(FileNotFoundError):  # completed or given up just now, by another process
@@ -128,45 +133,54 @@ class Cache:
             )
         return False
 
-    def make_room(self, wanted: int) -> bool:
-        """Remove what was not used for longest until so many bytes fit; not what a process has open."""
-        found = []
+    def make_room(self, wanted: int) -> str:
+        """Remove what was not used for longest until so many bytes fit; not what a process has open.
+
+        Returns:
+            Why they do not fit, for a user; nothing if they do.
+        """
+        held, coming = [], 0  # files: when they were used, the bytes that they take; bytes promised and not yet written
         for path in self.folder.glob("*.part"):  # before the tars: what becomes one meanwhile counts twice, not never
-            used, room = 0, re.fullmatch(r"\w+\.(\d+)\.part", path.name)
+            used, written, promised = 0, 0, re.fullmatch(r"\w+\.(\d+)\.part", path.name)
             with suppress(FileNotFoundError):
-                used = path.stat().st_mtime_ns
-            if room:
-                found.append((used, int(room[1]), path))
+                about = path.stat()
+                used, written = about.st_mtime_ns, about.st_size
+            if promised:
+                held.append((used, int(promised[1]), path))
+                coming += int(promised[1]) - written
         for path in self.folder.glob("*.tar"):
             with suppress(FileNotFoundError):
-                found.append((path.stat().st_mtime_ns, path.stat().st_size, path))
-        free = min(self.limit - sum(takes for _, takes, _ in found), self.free_disk())
-        if free + sum(takes for _, takes, _ in found) < wanted:
-            return False
-        for _, takes, path in sorted(found):
-            if free >= wanted:
+                about = path.stat()
+                held.append((about.st_mtime_ns, about.st_size, path))
+        total, disk = sum(takes for _, takes, _ in held), os.statvfs(self.folder)
+        room, space = self.limit - total, disk.f_bavail * disk.f_frsize - coming
+        for remove in (False, True) if min(room, space) + total >= wanted else ():
+            freed = 0  # first to see whether it suffices: in vain, nothing goes
+            for _, takes, path in sorted(held):
+                if min(room, space) + freed >= wanted:
+                    break
+                # Open for writing, which NFS asks for; what another user put there is not ours to remove.
+                with suppress(FileNotFoundError, PermissionError), path.open("rb+") as file:
+                    if lock(file.fileno(), fcntl.LOCK_EX):
+                        if remove:
+                            path.unlink()
+                        freed += takes
+            if remove or min(room, space) + freed < wanted:
+                room, space = room + freed, space + freed
                 break
-            # Open for writing, which NFS asks for; what another user put there is not ours to remove.
-            with suppress(FileNotFoundError, PermissionError), path.open("rb+") as file:
-                if lock(file.fileno(), fcntl.LOCK_EX):
-                    path.unlink()
-                    free += takes
-        return free >= wanted
+        if room < wanted:
+            limit = f"data.cache_gb {self.limit / 1e9:g}"
+            return f"{limit}: it does not hold all shards in play; {SLOWER}: raise it, or lower data.window"
+        return self.disk_is_full() if space < wanted else ""
 
-    def free_disk(self) -> int:
-        """Bytes that the disk has left for this user."""
-        disk = os.statvfs(self.folder)
-        return disk.f_bavail * disk.f_frsize
+    def disk_is_full(self) -> str:
+        return f"{self.folder}: no space left; {SLOWER}: free some, or set data.cache to a larger disk"
 
     def tell(self, problem: str) -> None:
-        """Warn, once."""
-        told, self.told = self.told, True
-        if not told:
-            log.warning(
-                "%s; the other shards' samples are fetched one by one, which is slower: raise data.cache_gb, set "
-                "data.cache to a larger disk, or lower data.window",
-                problem,
-            )
+        """Warn of a problem, once."""
+        if problem not in self.told:
+            log.warning(problem)
+        self.told.add(problem)
 
 
 def size(shard: Shard) -> int:

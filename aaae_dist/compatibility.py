@@ -10,6 +10,7 @@ MAY_CHANGE = (
     "logging.",
     "evaluation.",
     "checkpoint.",
+    "guard.",
     "tracking.",
     "data.url",  # a data set may move; its fingerprint is compared
     "data.workers",
@@ -17,8 +18,13 @@ MAY_CHANGE = (
     "data.patience",
     "data.bad_share",
     "training.images",
+    "training.compile",
+    "training.silence",
+    "training.channels_last",
+    "training.activation_checkpointing",
     "training.run",
     "training.micro_batch_size",
+    "training.compare_every",
     "training.patience",
 )
 
@@ -33,7 +39,9 @@ def micro_batch_size(config: Config, world: int) -> int:
     share = training.batch_size // world
     micro = training.micro_batch_size or share
     if training.batch_size % world:
-        raise UserError(f"training.batch_size {training.batch_size}: not a multiple of the {world} ranks; choose one")
+        raise UserError(
+            f"training.batch_size {training.batch_size}: not a multiple of the {world} ranks; choose one that is"
+        )
     if share % micro:
         raise UserError(
             f"training.micro_batch_size {micro}: does not divide the {share} images of a rank (training.batch_size "

@@ -12,7 +12,7 @@ import tomli_w
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from aaae_dist import storage
-from aaae_dist.errors import UserError
+from aaae_dist.errors import UserError, one_line
 
 
 def whole_stride(share: float) -> float:
@@ -32,13 +32,16 @@ def safe_precision(precision: str) -> str:
 
 # The upper limits are far beyond use: they turn a slip of the hand into one line instead of an overflow deep below.
 Count = Annotated[int, Field(ge=1, lt=10**12)]  # twelve digits: checkpoints are named and sorted so
-Interval = Annotated[int, Field(ge=0, lt=10**12)]
+Whole = Annotated[int, Field(ge=0, lt=10**12)]
 Size = Annotated[int, Field(ge=1, le=65_536)]
 Text = Annotated[str, Field(min_length=1)]
 Positive = Annotated[float, Field(gt=0, le=1e6)]
 NotNegative = Annotated[float, Field(ge=0, le=1e6)]
 Share = Annotated[float, Field(ge=1e-6, le=1), AfterValidator(whole_stride)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+Figure = Literal["", "reconstruction/held_out_mse", "latent/frechet_over_trace", "samples/thumbnail_frechet_over_trace"]
 
 
 class Section(BaseModel):
@@ -149,31 +152,41 @@ class Training(Section):
     """Images to train on, over all ranks: the only clock. Rounded up to whole batches."""
     batch_size: Count
     """Images per optimizer step, over all ranks."""
-    micro_batch_size: Interval = 0
+    micro_batch_size: Whole = 0
     """Images per forward pass on one rank; 0: the rank's whole share of the batch. Smaller ones are accumulated."""
     precision: Annotated[str, AfterValidator(safe_precision)] = "no"
     """Mixed precision: "no" (float32) or "bf16"."""
+    compile: bool = False
+    """Whether every network is compiled (torch.compile), which takes a minute at the start and a C++ compiler."""
+    channels_last: bool = False
+    """Whether convolutions run with channels last in memory, which GPUs are faster at."""
+    activation_checkpointing: bool = False
+    """Whether networks make activations again in the backward pass instead of keeping them: less memory, more time."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Of the weights, the order of the data and every draw."""
-    warmup: Interval = 0
+    warmup: Whole = 0
     """Images over which the learning rates rise from 0."""
     final_rate: Annotated[float, Field(ge=0, le=1)] = 0.05
     """Share of the peak learning rates that the cosine ends at."""
     average_half_life: NotNegative = 9_000.0
     """Half-life, in images, of the averaged weights that are judged; at most a twelfth of the images seen; 0: off."""
+    compare_every: Whole = 100_000
+    """Images between two comparisons of what all ranks must have alike, bit by bit; 0: only before it is saved."""
     patience: Positive = 180.0
     """Seconds that a rank waits for the others before it gives up."""
+    silence: Annotated[float, Field(ge=5, le=1e6)] = 15.0
+    """Seconds without a sign of life after which a rank that trains is taken for gone, and all are brought down."""
 
 
 class Logging(Section):
     every: Count = 5_000
     """Images between two lines of metrics."""
-    pictures_every: Interval = 50_000
+    pictures_every: Whole = 50_000
     """Images between two pictures of samples and reconstructions; 0: only at the end."""
 
 
 class Evaluation(Section):
-    every: Interval = 0
+    every: Whole = 0
     """Images between two evaluations; 0: only at the end."""
     samples: Annotated[int, Field(ge=100)] = 5_000
     """Samples drawn, and at most as many training images encoded, for the distances."""
@@ -182,10 +195,25 @@ class Evaluation(Section):
 
 
 class Checkpoint(Section):
-    every: Interval = 50_000
+    every: Whole = 50_000
     """Images between two checkpoints; 0: only at the end and when stopped."""
+    minutes: NotNegative = 0.0
+    """Minutes between two checkpoints, where `every` takes longer; 0: however long it takes."""
     keep: Count = 2
     """Newest checkpoints that are kept."""
+    keep_every: Whole = 0
+    """Images between two checkpoints that are kept besides, for good; 0: none."""
+    best: Figure = ""
+    """Figure by whose lowest value one is kept besides, of those saved when it was evaluated; empty: none."""
+
+
+class Guard(Section):
+    deviations: NotNegative = 12.0
+    """Robust standard deviations, of its logarithm, above the usual, at which a loss or gradient explodes; 0: off."""
+    skips: Whole = 5
+    """Steps of the last 128 that are skipped, for what exploded or was not finite, before the run goes back."""
+    rollbacks: Whole = 3
+    """Times that a run goes back to a good checkpoint, and on in another order of the data, before it ends."""
 
 
 class Tracking(Section):
@@ -214,6 +242,8 @@ class Config(Section):
     """How often and how thoroughly it is judged."""
     checkpoint: Checkpoint = Checkpoint()
     """How often it is saved."""
+    guard: Guard = Guard()
+    """What is done about divergence."""
     tracking: Tracking = Tracking()
     """MLflow."""
 
@@ -291,7 +321,7 @@ def read_toml(url: str) -> dict[str, Any]:
     try:
         return tomllib.loads(storage.read(url).decode())
     except ValueError as error:
-        raise UserError(f"{url}: not TOML: {storage.one_line(error)}; mend that line, or give another file") from None
+        raise UserError(f"{url}: not TOML: {one_line(error)}; mend that line, or give another file") from None
 
 
 def parse_override(argument: str) -> dict[str, Any]:

@@ -2,46 +2,17 @@
 
 import ctypes
 import os
-from datetime import timedelta
+import re
+from collections.abc import Callable
 from typing import Any
 
-import torch
 import torch.distributed as dist
-from accelerate import Accelerator
-from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
 from aaae_dist.errors import UserError
 
-
-def start(*, precision: str, accumulation: int, patience: float) -> Accelerator:
-    """Join the process group that the launcher prepared, if any.
-
-    Accelerate falls back to one process in silence, for example on a machine without a GPU; this does not.
-
-    Raises:
-        UserError: the group has not as many ranks as the launcher started.
-    """
-    if not torch.cuda.is_available():
-        keep_freed_memory()
-    accelerator = Accelerator(
-        cpu=not torch.cuda.is_available(),
-        mixed_precision=precision,
-        gradient_accumulation_steps=accumulation,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=patience))],
-    )
-    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
-        raise UserError(
-            f"distributed_type {accelerator.distributed_type.value}: one process or DDP only, so far; start with "
-            "`accelerate launch --config_file launch/ddp.yaml`"
-        )
-    if world() != launched_world():
-        raise UserError(
-            f"WORLD_SIZE={launched_world()}: the launcher announced as many ranks, but {world()} joined; start with "
-            "`accelerate launch --config_file launch/ddp.yaml`"
-        )
-    return accelerator
+LOST_PEER = "another rank is gone"  # what the ranks that are left say
+LAUNCH = "start with `accelerate launch --config_file launch/NAME.yaml`: single, ddp, zero1, zero2, zero3 or fsdp2"
 
 
 def keep_freed_memory() -> None:
@@ -53,8 +24,29 @@ def keep_freed_memory() -> None:
 
 
 def launched_world() -> int:
-    """Ranks that the launcher announced; 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """Ranks that the launcher announced; 1 without a launcher.
+
+    Raises:
+        UserError: it announced no number, or not where they meet.
+    """
+    world = of_launcher("WORLD_SIZE", "1")
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        if world > 1 and name not in os.environ:
+            raise UserError(f"{name}: not set beside WORLD_SIZE={world}, as a launcher sets both; {LAUNCH}")
+    return world
+
+
+def launched_rank() -> int:
+    """This one of them, counted from 0."""
+    return of_launcher("RANK", "0")
+
+
+def of_launcher(name: str, alone: str) -> int:
+    """A number that the launcher left in the environment; without a launcher another."""
+    text = os.environ.get(name, alone)
+    if not re.fullmatch(r"\d+", text):
+        raise UserError(f"{name}={text}: must be a whole number; {LAUNCH}")
+    return int(text)
 
 
 def world() -> int:
@@ -72,11 +64,11 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def from_rank_0(value: Any) -> Any:
-    """Rank 0's value, on every rank. All ranks must call it."""
+def from_rank_0(ask: Callable[[], Any]) -> Any:
+    """What rank 0 gets when it asks, on every rank. All ranks must call it."""
+    box = [ask() if rank() == 0 else None]
     if world() == 1:
-        return value
-    box = [value]
+        return box[0]
     dist.broadcast_object_list(box, src=0)
     return box[0]
 
@@ -90,30 +82,15 @@ def gather(value: Any) -> list[Any]:
     return found
 
 
-class HostCopy:
-    """A small tensor on its way to the host: reading it waits for the work before it on its device, not after it."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor.to("cpu", non_blocking=True)
-        self.arrived = torch.cuda.Event() if tensor.is_cuda else None
-        if self.arrived is not None:
-            self.arrived.record()
-
-    def tolist(self) -> list[float]:
-        if self.arrived is not None:
-            self.arrived.synchronize()
-        return self.tensor.tolist()
+def first(problem: str) -> str:
+    """What is wrong on the first rank on which anything is. All ranks must call it."""
+    return next(filter(None, gather(problem)), "")
 
 
-def lost_peer(error: RuntimeError) -> bool:
+def lost_peer(error: BaseException) -> bool:
     """Whether a collective failed because another rank is gone or silent. (Gloo raises no class of its own.)"""
-    return world() > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error))
-
-
-def keep_buffers_local(model: torch.nn.Module) -> None:
-    """Spare DDP's broadcast of buffers before every forward: the moments are equal on all ranks by construction."""
-    if isinstance(model, DistributedDataParallel):
-        model.forward_sync_buffers = False
+    raised = isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or "gloo" in str(error).lower())
+    return raised and launched_world() > 1
 
 
 def leave() -> None:

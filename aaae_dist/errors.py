@@ -1,4 +1,6 @@
-"""The one exception that a user is meant to see."""
+"""The one exception that a user is meant to see, and how it is told."""
+
+import os
 
 
 class UserError(Exception):
@@ -7,3 +9,14 @@ class UserError(Exception):
     The text is one line: the setting or file, its value, the rule, the remedy. The command line prints it without a
     traceback and ends with exit code 2.
     """
+
+
+def one_line(error: BaseException) -> str:
+    """Its text on one line; its class where it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def speaker() -> str:
+    """Who tells it: every line on stderr begins with this."""
+    rank = os.environ.get("RANK", "0")
+    return "aaae" if rank == "0" else f"aaae rank {rank}"

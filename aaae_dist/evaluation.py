@@ -21,7 +21,7 @@ THUMBNAIL = 16  # pixels: small enough for a covariance, and no extractor is nee
 def evaluate(
     model: GenerativeAutoencoder, *, train: Reader, held_out: Reader, samples: int, batch_size: int, workers: int
 ) -> Iterator[tuple[str, float]]:
-    """Names and values, the same on every rank.
+    """Names and values, the same on every rank. (config.Figure lists those that `checkpoint.best` may choose by.)
 
     Args:
         train: the generated codes and images are held against these.
@@ -49,10 +49,13 @@ def evaluate(
         codes.add(model.encode(images)[batch.mask])
         reals.add(thumbnails(images[batch.mask]))
     generated, fakes = RunningMoments(code_size, device), RunningMoments(train.data.channels * thumbnail**2, device)
-    for first in range(rank() * batch_size, samples, world() * batch_size):
-        drawn = sample_codes(model, seed=EVALUATION_SEED, first=first, count=min(batch_size, samples - first))
-        generated.add(drawn)
-        fakes.add(thumbnails(model.decode(drawn).clamp(-1, 1)))
+    for start in range(0, samples, world() * batch_size):  # as many forwards on every rank: weights may be divided
+        first = start + rank() * batch_size
+        count = min(max(samples - first, 0), batch_size)
+        drawn = sample_codes(model, seed=EVALUATION_SEED, first=first, count=max(count, 1))
+        images = model.decode(drawn).clamp(-1, 1)
+        generated.add(drawn[:count])
+        fakes.add(thumbnails(images[:count]))
     true, made = codes.over_ranks(), generated.over_ranks()
     yield "latent/frechet_over_trace", frechet_distance(true, made) / max(true.covariance.trace().item(), 1e-12)
     yield "latent/effective_rank", effective_rank(true.covariance)

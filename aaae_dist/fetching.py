@@ -18,6 +18,7 @@ from aaae_dist import storage
 from aaae_dist.cache import Cache
 from aaae_dist.config import Data
 from aaae_dist.errors import UserError
+from aaae_dist.failures import explained, reason
 from aaae_dist.shards import Shard, url_of
 from aaae_dist.tars import Offsets, load_offsets, size_of_offsets
 
@@ -63,7 +64,7 @@ class Fetcher:
         if not all(self.local):
             if not storage.is_local(data.cache):
                 raise UserError(f"data.cache {data.cache}: not a folder of this machine; name one")
-            with storage.explained(f"data.cache {home}"):
+            with explained(f"data.cache {home}"):
                 self.cache.folder.mkdir(parents=True, exist_ok=True)
 
         self.files: dict[int, Opened] = {}  # opened shards
@@ -120,7 +121,7 @@ class Fetcher:
         if zlib.crc32(data) == offsets.checksums[number]:
             return data
         if not self.local[shard]:
-            self.drop_copy(shard)
+            self.drop_copy(shard, file)
             offsets = load_offsets(self.stored_offsets(shard), samples=self.shards[shard].samples)
             start, stop = offsets.span(number)
             data = self.stored(shard, start, stop)
@@ -139,7 +140,7 @@ class Fetcher:
         except OSError as error:
             if not self.local[shard]:
                 return b""
-            raise UserError(f"{self.urls[shard]}: {storage.reason(error)}") from error
+            raise UserError(f"{self.urls[shard]}: {reason(error)}") from error
 
     def stored(self, shard: int, start: int, stop: int) -> bytes:
         """A part of a shard, from the store."""
@@ -149,16 +150,16 @@ class Fetcher:
         """Where the samples of a shard lie, as its cached copy says, or the store."""
         copy, about = None if self.local[shard] else self.file(shard), self.shards[shard]
         with self.locks[shard]:
-            if shard in self.offsets:
-                return self.offsets[shard]
+            if found := self.offsets.get(shard):
+                return found
             if copy:
                 data = self.from_disk(shard, copy, about.bytes, about.bytes + size_of_offsets(about.samples))
             else:
                 data = self.stored_offsets(shard)
             with suppress(ValueError):
-                self.offsets[shard] = load_offsets(data, samples=about.samples)
-                return self.offsets[shard]
-        self.drop_copy(shard)
+                self.offsets[shard] = found = load_offsets(data, samples=about.samples)
+                return found
+        self.drop_copy(shard, copy)
         return self.load_offsets(shard)
 
     def stored_offsets(self, shard: int) -> bytes:
@@ -171,18 +172,18 @@ class Fetcher:
             raise UserError(f"{url}: {error}; it was damaged or replaced: prepare the data set anew") from None
         return data
 
-    def drop_copy(self, shard: int) -> None:
-        """Forget a shard's copy in the cache, and what it told."""
-        if self.files.pop(shard, None):
-            log.warning("%s: its copy in %s is damaged; fetched again", self.urls[shard], self.cache.folder)
-            self.cache.drop(self.shards[shard])
-            self.offsets.pop(shard, None)
-            with self.changed:
+    def drop_copy(self, shard: int, copy: Opened | None) -> None:
+        """Forget a copy in the cache that is damaged; the first thread to see it lets it be fetched again."""
+        with self.changed:
+            if copy and self.files.get(shard) is copy:
+                log.warning("%s: its copy in %s is damaged; fetched again", self.urls[shard], self.cache.folder)
+                self.cache.drop(self.shards[shard], copy.descriptor)
+                self.forget(shard)
                 self.bring_missing()
 
     def file(self, shard: int) -> Opened | None:
         """A shard that is on a disk of this node, opened; none if it is to be fetched."""
-        with self.locks[shard], storage.explained(self.urls[shard]):
+        with self.locks[shard], explained(self.urls[shard]):
             if file := self.files.get(shard):
                 return file
             if self.local[shard]:
@@ -203,17 +204,21 @@ class Fetcher:
             self.bring_missing()
 
     def let_go(self, planned: Container[int]) -> None:
-        """Close the other cached shards, so that they can make room, when their last users are done with them."""
-        for shard in list(self.files):
+        """Forget the other shards of a store, so that they can make room."""
+        for shard in {*self.files, *self.offsets}:
             if not self.local[shard] and shard not in planned:
-                self.files.pop(shard, None)
-                self.offsets.pop(shard, None)
+                self.forget(shard)
+
+    def forget(self, shard: int) -> None:
+        """Let go of a shard and of what it told; it is closed when its last users are done with it."""
+        self.files.pop(shard, None)
+        self.offsets.pop(shard, None)
 
     def bring_missing(self) -> None:
         """Start threads for the planned shards that are not here, or whose copy was dropped, by a worker perhaps."""
         for shard, file in list(self.files.items()):
             if not self.local[shard] and not is_named(file.descriptor):
-                self.files.pop(shard, None)
+                self.forget(shard)
         missing = self.planned().keys() - self.files.keys()
         for _ in range(min(DOWNLOADS, len(missing)) - self.downloads):
             threading.Thread(target=self.bring, name="shards", daemon=True).start()

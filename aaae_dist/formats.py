@@ -14,6 +14,7 @@ import numpy as np
 
 from aaae_dist import storage
 from aaae_dist.archives import Tgz, damaged
+from aaae_dist.errors import one_line
 
 
 def read_idx(url: str, *, dimensions: int) -> np.ndarray:
@@ -178,7 +179,7 @@ def plain_values(data: bytes) -> Any:
                     raise ValueError(f"it uses {opcode.name}")
         (whole,) = stack
     except (ValueError, LookupError, TypeError, AttributeError, struct.error) as error:
-        raise ValueError(f"a pickle of other than plain values: {storage.one_line(error)}") from None
+        raise ValueError(f"a pickle of other than plain values: {one_line(error)}") from None
     return whole
 
 

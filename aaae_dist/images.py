@@ -8,7 +8,7 @@ import simplejpeg
 from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
-from aaae_dist import storage
+from aaae_dist.errors import one_line
 
 EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "pgm", "ppm")
 LARGEST = 100_000_000  # pixels: a small file may claim to be a huge picture
@@ -54,7 +54,7 @@ def decode_into(pixels: UInt8[np.ndarray, "height width channels"], data: bytes)
 
 def why(error: Exception) -> str:
     """What PIL says is wrong, without the address in memory that it says too."""
-    return re.sub(r" <\S+ object at 0x\w+>", "", storage.one_line(error))
+    return re.sub(r" <\S+ object at 0x\w+>", "", one_line(error))
 
 
 def eight_bits(image: Image.Image) -> Image.Image:

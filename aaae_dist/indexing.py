@@ -12,7 +12,7 @@ from jaxtyping import Int64
 from PIL import Image
 
 from aaae_dist import storage
-from aaae_dist.errors import UserError
+from aaae_dist.errors import UserError, one_line
 from aaae_dist.images import is_grey, why
 from aaae_dist.names import files_below
 from aaae_dist.passes import Pass
@@ -143,7 +143,7 @@ def survey(data: bytes, *, place: str) -> Survey:
         offsets, keys = scan(data)
         samples = list(members_of(data, offsets))
     except ValueError as error:
-        raise UserError(f"{place}: {storage.one_line(error)}; bring it anew, or remove it") from None
+        raise UserError(f"{place}: {one_line(error)}; bring it anew, or remove it") from None
     sizes: dict[tuple[int, int], str] = {}
     grey, bad = True, []
     for key, members in zip(keys, samples, strict=True):

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from aaae_dist import storage
-from aaae_dist.errors import UserError
+from aaae_dist.errors import UserError, one_line
 from aaae_dist.images import decode_into
 from aaae_dist.passes import Pass
 from aaae_dist.shards import Index, Shard, image_of, label_of, marks_of, read_index, url_of
@@ -64,7 +64,7 @@ def damage(data: bytes, table: bytes, shard: Shard, index: Index, *, decode: boo
     try:
         offsets = scan(data)[0] if as_written else load_offsets(table, samples=shard.samples)
     except ValueError as error:
-        yield storage.one_line(error)
+        yield one_line(error)
         work.skip(shard.samples)
         return
     if (count := len(offsets.checksums)) != shard.samples:
@@ -89,7 +89,7 @@ def damage(data: bytes, table: bytes, shard: Shard, index: Index, *, decode: boo
             label_of(members, index.classes)
             marks_of(members, index.attributes)
         except ValueError as error:
-            yield f"sample {key or number}: {storage.one_line(error)}"
+            yield f"sample {key or number}: {one_line(error)}"
 
 
 # --- what is in it?
@@ -146,9 +146,7 @@ def tally(index: Index, *, url: str, workers: int) -> tuple[Counter[tuple[str, i
                 marks.append(marks_of(members, index.attributes))
                 work.advance(sum(map(len, members.values())))
         except ValueError as error:
-            raise UserError(
-                f"{where}: {storage.one_line(error)}; see all damage with `aaae shards verify {url}`"
-            ) from None
+            raise UserError(f"{where}: {one_line(error)}; see all damage with `aaae shards verify {url}`") from None
         return shard.split, labels, marks
 
     with closing(work.over(shards, tell)) as results:
@@ -179,9 +177,7 @@ def some_images(url: str, *, most: int, seed: int, workers: int) -> np.ndarray:
             chunk = storage.read(where, *offsets.span(sample - ends[number] + shard.samples))
             decode_into(images[row], image_of(read_sample(chunk)[1]))
         except ValueError as error:
-            raise UserError(
-                f"{where}: {storage.one_line(error)}; see all damage with `aaae shards verify {url}`"
-            ) from None
+            raise UserError(f"{where}: {one_line(error)}; see all damage with `aaae shards verify {url}`") from None
         work.advance(len(chunk))
 
     with closing(work.over(enumerate(sorted(draws.tolist())), lambda item: draw(*item))) as results:

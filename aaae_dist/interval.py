@@ -24,17 +24,16 @@ class Interval:
         self.norms = torch.zeros(len(networks), dtype=torch.float64, device=device)
         self.codes = RunningMoments(code_size, device)
 
-    def add_forward(self, turn: Turn) -> None:
-        names, values = list(turn.report), [value.double() for value in turn.report.values()]
-        if self.reports:
-            torch._foreach_add_([self.reports[name] for name in names], values)
-        else:
-            self.reports = {name: value.clone() for name, value in zip(names, values, strict=True)}
-        self.codes.add(turn.codes)
-        self.forwards += 1
-
-    def add_step(self, norms: Float[Tensor, " network"]) -> None:
-        """Count a step, with the gradient norm of every network."""
+    def add_step(self, turns: Sequence[Turn], norms: Float[Tensor, " network"]) -> None:
+        """Count a step: its micro-batches, and the gradient norm of every network."""
+        for turn in turns:
+            names, values = list(turn.report), [value.double() for value in turn.report.values()]
+            if self.reports:
+                torch._foreach_add_([self.reports[name] for name in names], values)
+            else:
+                self.reports = {name: value.clone() for name, value in zip(names, values, strict=True)}
+            self.codes.add(turn.codes)
+            self.forwards += 1
         self.norms += norms
         self.steps += 1
 
@@ -47,13 +46,17 @@ class Interval:
             self.waits[i] += seconds
 
     def means(self, *, batch_size: int) -> dict[str, float]:
-        """Means over the interval and all ranks, by one all-reduce and one copy to the host. All ranks must call it.
+        """Means over the interval and all ranks, by one all-reduce and one copy to the host; none, if it has no steps.
+
+        All ranks must call it.
 
         Of the waiting for data: every rank's share of its time, and where it went on the rank that waits longest.
 
         Args:
             batch_size: images of a step over all ranks.
         """
+        if not self.steps:
+            return {}
         elapsed = time.perf_counter() - self.began
         reports = torch.stack(list(self.reports.values())) / self.forwards
         waits = self.norms.new_zeros((world(), 3))
@@ -76,3 +79,12 @@ def describe_waits(waits: Float[Tensor, "rank 3"]) -> dict[str, float]:
     shares = {f"data/wait_of_rank/{number}": share for number, share in enumerate(waits.sum(1).tolist())}
     parts = dict(zip(("fetching", "decoding", "hand_over"), waits[slowest].tolist(), strict=True))
     return shares | {"data/slowest_rank": slowest} | {f"data/wait/{name}": share for name, share in parts.items()}
+
+
+def slow_data(metrics: dict[str, float]) -> str:
+    """A line about the rank that waits longest for its data, if that is a tenth of its time or more."""
+    parts = {name: metrics.get(f"data/wait/{name}", 0.0) for name in ("fetching", "decoding", "hand_over")}
+    if (share := sum(parts.values())) < 0.1:
+        return ""
+    where = ", ".join(f"{name.replace('_', '-')} {part:.0%}" for name, part in parts.items())
+    return f"rank {metrics['data/slowest_rank']:.0f} waits longest for data, {share:.0%} of its time ({where})"

@@ -11,21 +11,24 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from aaae_dist import storage
-from aaae_dist.errors import UserError
+from aaae_dist import storage, web
+from aaae_dist.errors import UserError, one_line
+from aaae_dist.failures import explained
 
 
 def files_below(url: str) -> list[str]:
     """Names of all files below a folder, from there on, sorted."""
     if storage.is_local(url):
-        with storage.explained(url):
+        with explained(url):
             root = str(storage.local_path(url))
             if not os.path.isdir(root):
                 raise UserError(f"{url}: no such folder; correct the URL")
             paths = list(walk(root))
+    elif storage.is_web(url):
+        return sorted(web.files_below(url))
     else:
         root = storage.locate(url)[1]
-        paths = storage.persistently(url, storage.below)
+        paths = storage.persistently(url, lambda store, path: list(map(str, store.find(path))))
     return sorted(path[len(root) :].lstrip("/") for path in paths)
 
 
@@ -84,7 +87,7 @@ def read_labels(url: str) -> dict[str, str]:
             labels[file] = str(label)
     except (ValueError, csv.Error) as error:
         raise UserError(
-            f"{url}: {storage.one_line(error)}; give a CSV file (.csv) with the columns file and label, or JSON lines "
+            f"{url}: {one_line(error)}; give a CSV file (.csv) with the columns file and label, or JSON lines "
             '(.jsonl) such as {"file": "cats/tom.jpg", "label": "cat"}'
         ) from None
     return labels

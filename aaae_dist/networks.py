@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import linear
+from torch.utils.checkpoint import checkpoint
 
 from aaae_dist.errors import UserError
 
@@ -33,6 +34,17 @@ class RMSNorm(nn.Module):
         return x * torch.rsqrt(x.square().mean(1, keepdim=True) + 1e-6) * gain
 
 
+class Layers(nn.Sequential):
+    """Layers in sequence; `recomputed`, they keep no activations for the backward pass, but make them there again."""
+
+    recomputed = False
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.recomputed:
+            return super().forward(input)
+        return checkpoint(super().forward, input, use_reentrant=False)
+
+
 class Stack(nn.Module):
     """Layers in sequence.
 
@@ -41,7 +53,7 @@ class Stack(nn.Module):
 
     def __init__(self, *layers: nn.Module) -> None:
         super().__init__()
-        self.layers = nn.Sequential(*layers)
+        self.layers = Layers(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(x)
@@ -55,7 +67,7 @@ class Critic(nn.Module):
 
     def __init__(self, *layers: nn.Module, features: int) -> None:
         super().__init__()
-        self.layers = nn.Sequential(*layers)
+        self.layers = Layers(*layers)
         self.head = nn.Linear(features, 1, bias=False)
 
     def forward(self, x: Float[Tensor, "batch ..."]) -> Logits:

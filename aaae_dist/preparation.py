@@ -10,7 +10,6 @@ import hashlib
 import io
 import json
 import logging
-import re
 from collections.abc import Sequence
 from contextlib import closing
 from typing import Literal, NamedTuple
@@ -22,7 +21,7 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from aaae_dist import storage
-from aaae_dist.errors import UserError
+from aaae_dist.errors import UserError, one_line
 from aaae_dist.images import fit
 from aaae_dist.passes import Pass
 from aaae_dist.shards import ATTRIBUTES, INDEX, LABEL, SPLITS, Index, Shard, read_index
@@ -124,14 +123,15 @@ def prepare(
             storage.remove(storage.join(out, file))
         there = storage.listing(out)
     refuse_others(out, there, unfinished)
-    clear(out, there, [name for portion in portions for name in (f"{portion.name}.tar", f"{portion.name}.offsets")])
+    names = {f"{portion.name}.{kind}" for portion in portions for kind in ("tar", "offsets")}
+    storage.sweep(out, names | {REJECTS, INDEX})
 
     work = Pass(len(source.keys), workers=workers)
-    records = storage.listing(storage.join(out, unfinished))
+    done = storage.listing(storage.join(out, unfinished))
 
     def finish(portion: Portion) -> Record:
         place = storage.join(out, unfinished, f"{portion.name}.json")
-        record = read_record(place) if f"{portion.name}.json" in records else None
+        record = read_record(place) if f"{portion.name}.json" in done else None
         if record and is_whole(record.shard, out=out, there=there):
             work.skip(len(portion.images))
             return record
@@ -140,20 +140,19 @@ def prepare(
         storage.write_json(place, Record(shard=shard, rejects=rejects).model_dump())
         return Record(shard=shard, rejects=rejects)
 
-    shards: list[Shard] = []
+    records: list[Record] = []
     rejects: list[tuple[str, str]] = []
-    examples: dict[str, tuple[str, str]] = {}  # of rejects, by split
     with closing(work.over(portions, finish)) as results:
-        for portion, record in zip(portions, results, strict=True):
-            shards += [record.shard] if record.shard else []
+        for record in results:
+            records.append(record)
             rejects += record.rejects
-            if record.rejects:
-                examples[portion.split] = record.rejects[0]
             refuse_too_many(rejects, count=len(source.keys), bad_share=bad_share)
-    for split in {portion.split: None for portion in portions}:
-        if not any(shard.split == split for shard in shards):
-            why = ": ".join(examples[split])
-            raise UserError(f"{name}: no image of split {split} can be read ({why}); check the files")
+    shards = [record.shard for record in records if record.shard]
+    there_are = {shard.split for shard in shards}
+    for portion, record in zip(portions, records, strict=True):
+        if portion.split not in there_are:
+            why = ": ".join(record.rejects[0])
+            raise UserError(f"{origin}: no image of split {portion.split} can be read ({why}); check the files")
     if rejects:
         put(storage.join(out, REJECTS), table(rejects))
         log.warning("%d images could not be read and are left out: %s", len(rejects), storage.join(out, REJECTS))
@@ -247,7 +246,7 @@ def pack(source: Source, portion: Portion, recipe: Recipe, *, work: Pass) -> tup
             try:
                 pixels = source.read(i)
             except ValueError as error:
-                rejects.append((source.keys[i], storage.one_line(error)))
+                rejects.append((source.keys[i], one_line(error)))
                 work.advance(0)
                 continue
             sample: dict[str, str | bytes] = {"__key__": source.keys[i], recipe.format: recipe.apply(pixels)}
@@ -307,14 +306,6 @@ def is_whole(shard: Shard | None, *, out: str, there: dict[str, int]) -> bool:
 
 
 # --- what does not belong
-
-
-def clear(out: str, there: dict[str, int], shards: Sequence[str]) -> None:
-    """Remove what a local disk keeps of files that an earlier attempt was killed at (see `storage.write`)."""
-    ours = {*shards, REJECTS, INDEX}
-    for name in there:
-        if (match := re.fullmatch(r"\.(.+)\.[0-9a-f]{8}\.partial", name)) and match[1] in ours:
-            storage.remove(storage.join(out, name))
 
 
 def refuse_others(out: str, there: dict[str, int], unfinished: str) -> None:

@@ -31,6 +31,11 @@ class Progress:
         if self.bar is not None:
             self.bar.update(images - self.bar.n)
 
+    def go_back(self, images: int) -> None:
+        """Go on from so many images, fewer than before."""
+        self.first, self.began = images, time.monotonic()
+        self.advance(images)
+
     def say(self, images: int, metrics: Mapping[str, float]) -> None:
         """Some figures of the last interval: behind the bar, or as a line."""
         figures = {

@@ -22,6 +22,11 @@ def signed(value: int) -> int:
     return value - (1 << 64) if value >> 63 else value
 
 
+def another(seed: int, number: int) -> int:
+    """A seed, 0 <= seed < 2^63, for every whole number; number 0 is the seed itself."""
+    return (seed + number * GOLDEN) % (1 << 63)
+
+
 def mix(x: Int64[Tensor, "*shape"]) -> Int64[Tensor, "*shape"]:
     """The finalizer of SplitMix64, a bijection of 64-bit integers whose output bits all depend on all input bits."""
     x = (x ^ (x >> 30 & (1 << 34) - 1)) * signed(0xBF58476D1CE4E5B9)

@@ -11,7 +11,7 @@ from jaxtyping import Int64, UInt8
 
 from aaae_dist import storage
 from aaae_dist.config import Data
-from aaae_dist.errors import UserError
+from aaae_dist.errors import UserError, one_line
 from aaae_dist.fetching import Fetcher, Place
 from aaae_dist.images import decode_into
 from aaae_dist.shards import INDEX, Index, Shard, image_of, label_of, read_index
@@ -146,7 +146,7 @@ class Reader:
             key = read_sample(self.fetcher.chunk(place))[0]
         except ValueError:
             key = str(place[1])
-        self.meet(place, Bad(self.fetcher.urls[place[0]], key, storage.one_line(error)))
+        self.meet(place, Bad(self.fetcher.urls[place[0]], key, one_line(error)))
 
     def meet(self, place: Place, found: Bad) -> None:
         """`note` for what a worker noted."""
@@ -195,7 +195,7 @@ def check(index: Index, *, data: Data, url: str, split: str) -> None:
 def refuse_incomplete(url: str, shards: Sequence[Shard], *, patience: float) -> None:
     """Raise a UserError unless all shards are there, as long as the index says, as far as one listing tells."""
     there: dict[str, int] = {}
-    if not url.startswith(("http://", "https://")):  # a web page is no listing
+    if not storage.is_web(url):  # a web page is no listing
         try:
             there = storage.listing(url, patience=patience)
         except UserError as problem:

@@ -126,7 +126,7 @@ def marks_of(members: Mapping[str, bytes], attributes: Sequence[str]) -> list[in
         raise ValueError("no attributes")
     try:
         marks = json.loads(members[ATTRIBUTES])
-    except RecursionError:
+    except (ValueError, RecursionError):
         marks = None
     if not isinstance(marks, list) or len(marks) != len(attributes) or any(mark not in (0, 1) for mark in marks):
         raise ValueError(f"its attributes are not {len(attributes)} of 0 and 1")

@@ -13,7 +13,7 @@ import numpy as np
 
 from aaae_dist import storage
 from aaae_dist.archives import Tgz, Zip, require
-from aaae_dist.errors import UserError
+from aaae_dist.errors import UserError, one_line
 from aaae_dist.formats import read_attributes, read_cifar10, read_idx, read_mat, read_partition
 from aaae_dist.images import EXTENSIONS, decode
 from aaae_dist.names import check_labels, classify, distinct, files_below, read_labels
@@ -287,7 +287,7 @@ def scan_tar(url: str) -> tuple[Offsets, list[str], list[tuple[str | None, bytes
             for members in members_of(data, offsets)
         ]
     except ValueError as error:
-        raise UserError(f"{url}: {storage.one_line(error)}; bring it anew, or remove it") from None
+        raise UserError(f"{url}: {one_line(error)}; bring it anew, or remove it") from None
     return offsets, keys, told
 
 
@@ -305,10 +305,10 @@ def read_marks(url: str, rows: Sequence[bytes], attributes: Sequence[str]) -> np
         marks = np.array([json.loads(row) for row in rows], np.uint8)
         if marks.shape != (len(rows), len(attributes)) or marks.max() > 1:
             raise ValueError(f"{marks.shape[1:]} values, {marks.max()} the largest")
-    except (ValueError, TypeError, OverflowError) as error:
+    except (ValueError, TypeError, OverflowError, RecursionError) as error:
         raise UserError(
             f"{url}: an attributes.json is no list of 0 and 1 for each of the index's {len(attributes)} attributes "
-            f"({storage.one_line(error)}); remove the index, or bring the tars anew"
+            f"({one_line(error)}); remove the index, or bring the tars anew"
         ) from None
     return marks
 

@@ -7,15 +7,18 @@ import ctypes
 import signal
 from types import FrameType
 
+from aaae_dist.errors import UserError, one_line
+
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 SET_PARENT_DEATH_SIGNAL = 1  # of Linux's prctl
 
 
 class StopRequest:
-    """Whether this process was asked to stop, and by which signal."""
+    """Whether this process was asked to stop, and by which signal, or must end, and why."""
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
+        self.failure = ""
 
     def listen(self) -> None:
         """Install the handlers, in the main thread."""
@@ -27,6 +30,12 @@ class StopRequest:
         self.signal = signal.Signals(number)
         if number == signal.SIGINT:
             signal.signal(number, signal.default_int_handler)  # Ctrl-C twice leaves at once
+
+    def fail(self, error: BaseException) -> None:
+        """End because of this. The first reason is kept."""
+        kind, text = type(error).__name__, one_line(error)
+        told = text if isinstance(error, UserError) or text == kind else f"{kind}: {text}"
+        self.failure = self.failure or told
 
 
 def end_with_parent(number: signal.Signals) -> None:

@@ -6,7 +6,6 @@ usually finds them (for s3:// the AWS variables and files; none if AWS_NO_SIGN_R
 message.
 """
 
-import errno
 import fcntl
 import functools
 import glob
@@ -18,15 +17,16 @@ import re
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import quote, unquote
 
 import fsspec
 from fsspec.core import split_protocol
 
-from aaae_dist.errors import UserError
+from aaae_dist.errors import UserError, one_line
+from aaae_dist.failures import IncompleteError, explained, may_pass, reason
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +35,8 @@ Result = TypeVar("Result")
 PATIENCE = 60.0  # seconds for which a failing store is asked again, where a setting does not say otherwise
 WORTH_TELLING = 3.0  # seconds of failing after which a user should know
 SILENCE = 10.0  # seconds without a byte after which an attempt has failed
+
+TELLING, TOLD = threading.Lock(), dict[str, int]()  # the minute in which this process warned of a folder
 
 # Attempts are counted in one place, `persistently`. By default s3fs tries again on top of what botocore does, and the
 # two together would wait 25 minutes for a store that takes connections and never answers.
@@ -47,10 +49,6 @@ S3_OPTIONS = {
         "max_pool_connections": 64,  # more than are ever at work
     },
 }
-
-
-class IncompleteError(ConnectionError):
-    """Less arrived at a store than was sent."""
 
 
 @functools.lru_cache(maxsize=64)
@@ -96,102 +94,35 @@ def is_local(url: str) -> bool:
     return split_protocol(url)[0] in (None, "file", "local")
 
 
+def is_web(url: str) -> bool:
+    """Whether a web server has it: its pages are no listings, and nothing is written there."""
+    return split_protocol(url)[0] in ("http", "https")
+
+
 def local_path(url: str) -> Path:
     """The path of a local URL."""
     return Path(locate(url)[1])
 
 
+def quoted(name: str) -> str:
+    """A name as a part of a web address."""
+    return quote(name, errors="surrogateescape")
+
+
+def unquoted(path: str) -> str:
+    """The path of a web address as on a disk, whatever the encoding of its names is."""
+    return unquote(path, errors="surrogateescape")
+
+
 def join(url: str, *names: str) -> str:
-    """A URL below another.
+    """A URL below another; names are as on a disk, whatever is in them.
 
     Raises:
         UserError: there is nothing behind `://`.
     """
     if re.fullmatch(r"[\w+.-]+:/*", url):
         raise UserError(f"{url}: it names no bucket or folder; complete it, as in s3://bucket/folder")
-    return "/".join([url.rstrip("/"), *names])
-
-
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-def reason(error: BaseException) -> str:
-    """What a storage error means to a user, with the remedy."""
-    name, text, code = type(error).__name__, one_line(error), getattr(error, "errno", None)
-    if name == "NoCredentialsError":
-        return (
-            "no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or a role; for a public "
-            "bucket, AWS_NO_SIGN_REQUEST=true"
-        )
-    refused = isinstance(error, PermissionError) or getattr(error, "status", None) in (401, 403)  # the latter aiohttp's
-    if refused or "InvalidAccessKeyId" in text or "SignatureDoesNotMatch" in text:
-        return "access denied; check the credentials and the permissions of this URL"
-    response = getattr(error.__cause__, "response", {})  # of botocore; some stores send a code and no message
-    stated = response.get("Error", {}).get("Code", "") if isinstance(response, dict) else ""
-    text = one_line(error.__cause__) if stated and error.__cause__ else text
-    if stated == "NoSuchBucket" or "bucket does not exist" in text:
-        return "the bucket does not exist; create it or correct the URL"
-    if isinstance(error, FileNotFoundError):
-        return "no such file; check the URL"
-    if isinstance(error, IncompleteError):
-        return f"{text}; check the network and the store"
-    if name in (
-        "EndpointConnectionError",
-        "ConnectTimeoutError",
-        "ReadTimeoutError",
-        "ClientConnectorError",
-    ) or isinstance(error, (ConnectionError, TimeoutError)):
-        return "the store does not answer; check that it is up and that AWS_ENDPOINT_URL, if set, is right"
-    if code == errno.EMFILE:
-        return "too many open files; raise the limit of this process, `ulimit -n`"
-    if code == errno.ENOTDIR:
-        return "a file is where a folder should be; choose another place"
-    if code == errno.ENOTEMPTY:
-        return "another process is at work there; wait for it, or choose another place"
-    if "Invalid bucket name" in text:
-        return "no name that a bucket may have; correct the URL"
-    if code == errno.EBUSY or getattr(error, "status", None) in (429, 503):
-        return "the store is overloaded; try again later, or with fewer processes"
-    if name in ("ClientPayloadError", "IncompleteReadError", "ResponseStreamingError", "ConnectionClosedError"):
-        return "the connection was cut amid an answer; check the network and the store"
-    if code in (errno.ENOSPC, errno.EDQUOT):
-        return "no space left; free some, or choose another place"
-    if code == errno.EROFS:
-        return "the file system is read-only; choose another place"
-    return f"{text}; check the URL and the store"
-
-
-@contextmanager
-def explained(url: str) -> Iterator[None]:
-    """Turn what a filesystem raises into one line about `url`."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:  # client libraries raise classes of their own; all end here, and the cause is named
-        raise UserError(f"{url}: {reason(error)}") from error
-
-
-# Of fsspec's clients (botocore, aiohttp, gcsfs, ...): each has classes of its own, and none is to be imported for this.
-PASSING = {"ConnectionError", "TimeoutError", "HTTPClientError", "IncompleteReadError"} | {
-    "ClientConnectionError",
-    "ClientPayloadError",
-}
-
-
-def may_pass(error: BaseException | None) -> bool:
-    """Whether a store may recover from this by itself: a lost connection, a silence, "slow down", its own fault."""
-    while error is not None:
-        response = getattr(error, "response", None)  # of botocore
-        status = response.get("ResponseMetadata", {}).get("HTTPStatusCode") if isinstance(response, dict) else None
-        status = status or getattr(error, "status", None) or getattr(error, "code", None)  # of aiohttp, of gcsfs
-        if isinstance(status, int) and (status in (408, 429) or status >= 500):
-            return True
-        if PASSING & {kind.__name__ for kind in type(error).__mro__}:
-            return True
-        error = error.__cause__
-    return False
+    return "/".join([url.rstrip("/"), *(map(quoted, names) if is_web(url) else names)])
 
 
 def persistently(
@@ -236,14 +167,11 @@ def tell(url: str, problem: str, limit: float) -> None:
         log.warning("%s: %s; trying again for up to %.0f s", folder, problem, limit)
 
 
-TELLING, TOLD = threading.Lock(), dict[str, int]()  # the minute in which this process warned of a folder
-
-
 def exists(url: str) -> bool:
     """Whether there is such a file or folder."""
 
     def attempt(store: fsspec.AbstractFileSystem, path: str) -> bool:
-        if not path.startswith(("http://", "https://")):
+        if not is_web(path):
             return store.exists(path)
         try:  # `exists` takes a server that does not answer for a file that is not there
             store.info(path)
@@ -298,24 +226,9 @@ def listing(url: str, *, patience: float | None = None) -> dict[str, int]:
     return persistently(url, attempt, patience=patience)
 
 
-def below(store: fsspec.AbstractFileSystem, path: str) -> list[str]:
-    """Paths of all files below a folder."""
-    if not path.startswith(("http://", "https://")):
-        return list(map(str, store.find(path)))
-    # `find` and `walk` take a folder of a web server that does not answer for an empty one.
-    found, folders = [], [path]
-    for folder in folders:  # it grows
-        for entry in store.ls(folder, detail=True):
-            if entry["type"] != "directory":
-                found.append(entry["name"])
-            elif entry["name"] not in folders:
-                folders.append(entry["name"])
-    return found
-
-
 def refuse_web(url: str) -> None:
     """Raise a UserError if nothing can be written there."""
-    if url.startswith(("http://", "https://")):
+    if is_web(url):
         raise UserError(f"{url}: a web server is read, not written; choose a folder or an object store")
 
 
@@ -348,6 +261,17 @@ def write(url: str, data: bytes) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def sweep(url: str, names: Collection[str] | None = None) -> None:
+    """Remove what is left, right below a URL, of files that a process was killed at writing. Only disks keep such.
+
+    Args:
+        names: of the files; None: of all. Nobody may be writing them.
+    """
+    for name in listing(url) if is_local(url) else ():
+        if (left := re.fullmatch(r"\.(.+)\.[0-9a-f]{8}\.partial", name)) and (names is None or left[1] in names):
+            remove(join(url, name))
 
 
 class Lock:

@@ -28,12 +28,14 @@ from PIL import Image
 from aaae_dist import storage
 from aaae_dist.checkpoint import read_run_config
 from aaae_dist.config import Config
-from aaae_dist.errors import UserError
+from aaae_dist.errors import UserError, one_line
+from aaae_dist.failures import explained
+from aaae_dist.guard import read_rollbacks
 
 log = logging.getLogger(__name__)
 
 RETRY_SECONDS, UPLOAD_SECONDS = 15.0, 30.0
-PARTING_SECONDS = {"FINISHED": 60.0, "KILLED": 10.0, "FAILED": 10.0}  # who was told to stop has no minute left
+PARTING_SECONDS = {"FINISHED": 60.0, "KILLED": 10.0, "FAILED": 2.0}  # who was told to stop has no minute left
 MLFLOW_SETTINGS = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # we retry
@@ -67,7 +69,7 @@ class Journal:
         numbers = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         self.lines.append({"images": images, "time": round(time.time(), 3)} | numbers)
         if storage.is_local(self.url):
-            with storage.explained(self.url), storage.local_path(self.url).open("ab") as file:
+            with explained(self.url), storage.local_path(self.url).open("ab") as file:
                 file.write(json.dumps(self.lines[-1]).encode() + b"\n")
                 file.flush()
                 os.fsync(file.fileno())
@@ -81,6 +83,13 @@ class Journal:
         """Write the whole journal anew: object stores cannot append."""
         self.uploaded = time.monotonic()
         storage.write(self.url, b"".join(json.dumps(line).encode() + b"\n" for line in self.lines))
+
+
+def forget_pictures(run: str, *, images: int) -> None:
+    """Remove the pictures that were drawn after more images: they will be drawn anew."""
+    for name in storage.listing(samples := storage.join(run, "samples")):
+        if re.fullmatch(r"\d+\.png", name) and int(name[:-4]) > images:
+            storage.remove(storage.join(samples, name))
 
 
 def local_folder(run: str) -> Path:
@@ -144,6 +153,7 @@ def settle_mlflow() -> None:
     os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"  # stdout is for results
     with contextlib.suppress(ImportError):  # the delivery will meet it again, and it is reported
         import mlflow.tracking  # noqa: F401
+    logging.getLogger("mlflow").setLevel(logging.CRITICAL)  # where it was imported before, as by DeepSpeed
 
 
 class Delivery:
@@ -166,7 +176,9 @@ class Delivery:
         if self.id != written:
             storage.write(place, self.id.encode())
         # MLflow takes no point back: what is trained a second time after a kill stays there as it was at first.
-        self.reached = {metric.key: metric.step for metric in known.data._metric_objs}
+        # But what was trained again after going back is told again, as it went another way then.
+        self.reached = {metric.key: (metric.step, metric.timestamp) for metric in known.data._metric_objs}
+        self.rollbacks = read_rollbacks(run)
         self.lines = 0
         self.pictures: set[int] | None = None  # not asked yet: metrics must not wait for where pictures are stored
         # Nor does it let a parameter change: where a resumed run's do, config.toml says so.
@@ -201,6 +213,15 @@ class Delivery:
                 return found.experiment_id
             raise
 
+    def is_news(self, name: str, line: Mapping[str, Any]) -> bool:
+        """Whether MLflow has not got this figure of a line of the journal."""
+        step, when = self.reached.get(name, (-1, 0))
+        return line["images"] > step or any(when < back["time"] * 1000 < line["time"] * 1000 for back in self.rollbacks)
+
+    def is_abandoned(self, step: int, when: int) -> bool:
+        """Whether what was told of so many images, so many ms after 1970, is of a way that was gone back from."""
+        return any(step > back["to"] and when < back["time"] * 1000 for back in self.rollbacks)
+
     def deliver(self, lines: Sequence[dict[str, Any]], status: str) -> None:
         """Send what MLflow has not got: lines of the journal, the status, config.toml, pictures."""
         from mlflow.entities import Metric
@@ -209,7 +230,7 @@ class Delivery:
             Metric(name, value, round(line["time"] * 1000), line["images"])
             for line in lines[self.lines :]
             for name, value in line.items()
-            if name not in ("images", "time") and value is not None and line["images"] > self.reached.get(name, -1)
+            if name not in ("images", "time") and value is not None and self.is_news(name, line)
         ]
         self.client.log_batch(self.id, metrics=metrics, synchronous=True)
         self.lines = len(lines)
@@ -221,7 +242,8 @@ class Delivery:
         if self.pictures is None:
             self.client.log_text(self.id, harmless(self.config.toml()), "config.toml")
             files = " ".join(found.path for found in self.client.list_artifacts(self.id, "images"))
-            self.pictures = {int(step) for step in re.findall(r"\+step\+(\d+)\S+compressed", files)}
+            found = re.findall(r"\+step\+(\d+)\+timestamp\+(\d+)\S+compressed", files)
+            self.pictures = {int(step) for step, when in found if not self.is_abandoned(int(step), int(when))}
         for name in storage.listing(storage.join(self.run, "samples")):
             if re.fullmatch(r"\d+\.png", name) and int(name[:-4]) not in self.pictures:
                 picture = Image.open(io.BytesIO(storage.read(storage.join(self.run, "samples", name))))
@@ -234,9 +256,12 @@ class Tracker:
 
     def __init__(self, run: str, config: Config, *, images: int) -> None:
         self.run, self.config = run, config
+        for folder in (run, storage.join(run, "samples")):
+            storage.sweep(folder)
+        forget_pictures(run, images=images)
         storage.write(storage.join(run, "config.toml"), config.toml().encode())
         place = storage.join(run, "about.json")
-        training = read_about(run)["training"] if storage.exists(place) else secrets.token_hex(8)
+        training = training_of(run) or secrets.token_hex(8)
         self.about = {"training": training, "run": harmless(run), "status": "RUNNING"} | describe_code()
         storage.write_json(place, self.about)
         self.journal = Journal(run, images=images)
@@ -257,6 +282,12 @@ class Tracker:
         storage.write(storage.join(self.run, "samples", f"{images:012d}.png"), file.getvalue())
         self.news.set()
 
+    def go_back(self, images: int) -> None:
+        """Drop what was reported after so many images: it is to be reported anew."""
+        self.journal = Journal(self.run, images=images)
+        forget_pictures(self.run, images=images)
+        self.news.set()
+
     def flush(self) -> None:
         """Have every line where no kill can reach it, before a checkpoint says that it was written."""
         if not storage.is_local(self.run):  # there it is as soon as it is written
@@ -264,21 +295,23 @@ class Tracker:
 
     def keep_delivering(self) -> None:
         """The background thread: deliver whenever there is news; when MLflow fails, say so once and try again later."""
-        delivery, down, parting = None, False, False
+        delivery, journal, down, parting = None, self.journal, False, False
         while not parting:
             self.news.wait()
             self.news.clear()
             parting = self.parting.is_set()  # looked at before delivering: what was logged until then is delivered
+            if journal is not self.journal:  # the run went back
+                delivery, journal = None, self.journal
             try:
                 delivery = delivery or Delivery(self.run, self.config, self.about)
-                delivery.deliver(list(self.journal.lines), self.about["status"])
+                delivery.deliver(list(journal.lines), self.about["status"])
                 self.delivered = parting
                 if down:
                     log.warning("MLflow is back, and has everything")
                 down = False
             except Exception as error:  # whatever MLflow, its database and its store raise: none of training's trouble
                 if not down:
-                    what = harmless(storage.one_line(error))[:500]
+                    what = harmless(one_line(error))[:500]
                     log.warning("MLflow does not take all (%s); training goes on, and it is tried again", what)
                 delivery, down = None, True
                 self.parting.wait(RETRY_SECONDS)
@@ -308,6 +341,11 @@ def read_about(run: str) -> dict[str, str]:
     return about
 
 
+def training_of(run: str) -> str:
+    """The word by which MLflow and the ranks know a training; empty: it has not begun."""
+    return read_about(run)["training"] if storage.exists(storage.join(run, "about.json")) else ""
+
+
 def is_unfinished(run: str) -> bool:
     """Whether a run's report was begun and not ended as it should be."""
     return storage.exists(storage.join(run, "about.json")) and read_about(run)["status"] != "FINISHED"
@@ -318,7 +356,7 @@ class NoTracker:
 
     def ignore(self, *_: Any) -> None: ...
 
-    log = picture = flush = close = ignore
+    log = picture = go_back = flush = close = ignore
 
 
 def sync(run: str) -> int:
@@ -330,6 +368,6 @@ def sync(run: str) -> int:
     try:
         Delivery(run, config, about).deliver(lines, about["status"])
     except Exception as error:  # whatever MLflow and its database raise; a traceback of it could hold credentials
-        what = harmless(storage.one_line(error))[:500]
+        what = harmless(one_line(error))[:500]
         raise UserError(f"MLflow does not take {run} ({what}); check MLFLOW_TRACKING_URI, and try again") from None
     return len(lines)

@@ -1,39 +1,38 @@
-"""The loop: build -> resume -> step, average, log, evaluate, save, stop. Images seen are the only clock."""
+"""The loop: build -> resume -> step, average, log, evaluate, save, stop or go back. Images seen are the only clock."""
 
 import logging
 import math
+import signal
 import time
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from aaae_dist import checkpoint, distributed, storage
-from aaae_dist.aaae import GenerativeAutoencoder, Turn
+from aaae_dist.aaae import GenerativeAutoencoder
+from aaae_dist.agreement import refuse_drift, seen_by_all
 from aaae_dist.augmentation import augment
 from aaae_dist.baselines import METHODS
 from aaae_dist.compatibility import micro_batch_size, refuse_changes
 from aaae_dist.config import Config
-from aaae_dist.data import Batch, Stream, sweep, to_float
+from aaae_dist.data import Batch, sweep, to_float
 from aaae_dist.errors import UserError
 from aaae_dist.evaluation import evaluate
+from aaae_dist.execution import settle_execution
 from aaae_dist.inference import overview
-from aaae_dist.interval import Interval
+from aaae_dist.interval import Interval, slow_data
+from aaae_dist.launched import launched_engine
+from aaae_dist.optimizer import Adam
 from aaae_dist.progress import Progress
 from aaae_dist.quarantine import Quarantine
 from aaae_dist.randomness import sample_keys
 from aaae_dist.reader import Bad, Reader
 from aaae_dist.schedule import averaging_rate, learning_rate
+from aaae_dist.state import State
 from aaae_dist.stopping import StopRequest
-from aaae_dist.tracking import NoTracker, Tracker, is_unfinished
+from aaae_dist.tracking import NoTracker, Tracker, is_unfinished, training_of
 
 log = logging.getLogger(__name__)
-
-# Some gradients of a paired critic are zero but for rounding, such as that of a bias behind which all samples are on
-# the same side. With the usual 1e-8 Adam would make full steps of that noise, and two ranks would drift from one
-# process by 2 % in 20 steps; with this they agree to 3e-6, and digits come out no worse.
-ADAM_EPSILON = 1e-5
 
 
 class Trainer:
@@ -54,37 +53,35 @@ class Trainer:
         self.readers = [Reader(data, split=data.split, url=url) for url in (data.url, *data.mix)]
         self.held_out = Reader(data, split=data.held_out)
         self.accumulation = training.batch_size // (self.micro * world)
-        self.accelerator = distributed.start(
-            precision=training.precision, accumulation=self.accumulation, patience=training.patience
-        )
-        self.device = self.accelerator.device
 
-        # The game, the averages behind it, and one optimizer with a group for each network.
+        # The game, and one optimizer with a group for each network.
         torch.manual_seed(training.seed)
-        self.game: GenerativeAutoencoder = METHODS[config.model.method].build(config).to(self.device)
-        self.average = self.game.average()
-        self.networks = {
-            name: list(network.parameters())
-            for name, network in self.game.named_children()
-            if any(True for _ in network.parameters())
-        }
+        game: GenerativeAutoencoder = METHODS[config.model.method].build(config)
         groups = [
-            {"params": weights, "name": name, "lr": 0.0, "betas": getattr(config.optimizer, name).betas}
-            for name, weights in self.networks.items()
+            {"params": weights, "name": name, "betas": getattr(config.optimizer, name).betas}
+            for name, network in game.named_children()
+            if (weights := list(network.parameters()))
         ]
-        self.optimizer = torch.optim.Adam(groups, foreach=True, eps=ADAM_EPSILON)
+        self.networks = [group["name"] for group in groups]
+        self.optimizer = Adam(groups)
+        self.engine = launched_engine()(
+            precision=training.precision,
+            accumulation=self.accumulation,
+            micro=self.micro,
+            clip=config.optimizer.clip,
+            patience=training.patience,
+        )
+        settle_execution(game, training, engine=self.engine)
+        self.engine.take(game, self.optimizer)
+        self.game, self.device = self.engine.game, self.engine.device
 
-        self.images, self.stream = 0, self.open_stream()
-        self.found, self.saved = checkpoint.complete(self.run), ""  # what is there, and what it goes on from
-        self.resume()
-        self.model, self.optimizer = self.accelerator.prepare(self.game, self.optimizer)
-        distributed.keep_buffers_local(self.model)
+        self.state = State(config, self.engine, self.readers)
+        self.guard = self.state.guard
+        self.judged: tuple[int, dict[str, float]] = (0, {})  # after so many images, the last evaluation
 
-        # What ranks agree on at every step: whether to stop, and whether the loss or a network's gradient is no number.
-        self.agreed = distributed.HostCopy(torch.zeros(2 + len(self.networks)))
-        self.stopping = False
+        self.stopping = self.saving_is_due = False
         self.interval = self.begin_interval()
-        self.batches = iter(self.stream)
+        self.batches = iter(self.state.stream)
         self.quarantine = Quarantine(self.run)
         self.settle()
 
@@ -95,85 +92,79 @@ class Trainer:
             UserError: the losses are no numbers any more, or the data or the storage failed.
         """
         main, status, config = distributed.rank() == 0, "FAILED", self.config
-        beyond = self.images - config.training.images
+        beyond = self.state.images - config.training.images
         if beyond >= 0:
-            log.info("%s is complete: %s images are trained, nothing is left to do", self.run, f"{self.images:,}")
+            log.info("%s is complete: %s images are trained, nothing is left to do", self.run, f"{self.state.images:,}")
             # Killed between its last checkpoint and its end? A run that went further than asked for is another matter.
             if main and beyond < config.training.batch_size and is_unfinished(self.run):
                 lock = storage.Lock(self.run)
-                Tracker(self.run, config, images=self.images).close("FINISHED")
+                Tracker(self.run, config, images=self.state.images).close("FINISHED")
                 lock.release()
             return
         lock = storage.Lock(self.run) if main else None
-        if lock is not None and checkpoint.complete(self.run) != self.found:
+        if lock is not None and checkpoint.complete(self.run) != self.state.found:
             lock.release()
             raise UserError(f"{self.run}: another training saved there in the meantime; give the same command again")
-        if main and self.saved:
-            checkpoint.discard_after(self.run, self.saved)
-        self.tracker = Tracker(self.run, self.config, images=self.images) if main else NoTracker()
-        self.progress = Progress(self.config.training.images, self.images, visible=main)
+        if self.state.origin:
+            log.info("%s goes on from %s images", self.run, f"{self.state.images:,}")
+        self.state.forget_later()
+        self.tracker = Tracker(self.run, self.config, images=self.state.images) if main else NoTracker()
+        self.progress = Progress(self.config.training.images, self.state.images, visible=main)
         try:
-            while self.images < config.training.images and not self.stopping:
+            seen_by_all(self.run, lambda: training_of(self.run))
+            while self.guard.exhausted or not (self.stopping or self.state.images >= config.training.images):
+                if self.guard.exhausted:
+                    self.go_back()
                 self.step(self.next_batch())
+                if self.guard.exhausted:
+                    continue
                 if self.due(config.logging.every):
                     self.log()
-                if self.due(config.logging.pictures_every):
-                    self.draw()
-                if self.due(config.evaluation.every):
-                    self.evaluate()
-                if self.due(config.checkpoint.every) or self.stopping:
+                if self.due(config.logging.pictures_every) or self.due(config.evaluation.every):
+                    self.judge()
+                saving = self.due(config.checkpoint.every) or self.saving_is_due or self.stopping
+                if saving or self.due(config.training.compare_every):
+                    refuse_drift(self.engine, self.run, images=self.state.images)
+                if saving:
                     self.save()
-            status = "KILLED" if self.images < config.training.images else "FINISHED"
+            self.state.finish_saving()
+            status = "KILLED" if self.state.images < config.training.images else "FINISHED"
             if status == "KILLED":
                 log.info(
                     "%s: stopped as asked, after %s of %s images; the same command again goes on from there",
                     self.run,
-                    f"{self.images:,}",
+                    f"{self.state.images:,}",
                     f"{config.training.images:,}",
                 )
-        except UserError:
-            with suppress(UserError):  # what ended the run is to be told, not what else fails
-                self.quarantine.add(self.met(), alone=True)
+        except BaseException as error:
+            if not distributed.lost_peer(error):  # of which the other ranks know better, or as little
+                self.stop.fail(error)  # they hear of it while this one puts its affairs in order
+            if isinstance(error, UserError):
+                with suppress(UserError):  # what ended the run is to be told, not what else fails
+                    self.quarantine.add(self.met(), alone=True)
             raise
         finally:
             self.batches.close()  # and with it the worker processes
             self.progress.close()
-            self.tracker.close(status)
-            if lock is not None:
-                lock.release()
+            try:
+                with suppress(UserError) if status == "FAILED" else nullcontext():  # nor here
+                    self.tracker.close(status)
+            finally:
+                self.state.saver.close()
+                if lock is not None:
+                    lock.release()
 
     def settle(self) -> None:
-        """One backward for nothing: after its first, DDP puts gradients into other buckets for good.
-
-        More than two ranks sum in an order that depends on the bucket, so without this a run that was resumed would
-        differ, in the last bits, from one that was not.
-        """
-        if distributed.world() == 1:
-            return
+        """Let the engine see a batch before the first that counts."""
         data = self.config.data
         images = torch.zeros(self.micro, data.channels, data.size, data.size, device=self.device)
-        turn = self.model(images.to(self.game.moments.dtype), sample_keys(0, 0, self.micro, self.device))
-        self.accelerator.backward(turn.loss)
-        self.optimizer.zero_grad()
+        self.engine.settle(images.to(self.game.moments.dtype), sample_keys(0, 0, self.micro, self.device))
 
     def due(self, every: int) -> bool:
         """Whether an interval of `every` images ended with this step, or the training did."""
-        before = self.images - self.config.training.batch_size
-        return self.images >= self.config.training.images or (every > 0 and self.images // every > before // every)
-
-    def open_stream(self) -> Stream:
-        """This rank's part of every batch."""
-        training, data = self.config.training, self.config.data
-        return Stream(
-            self.readers,
-            weights=(1.0, *data.mix.values()),
-            seed=training.seed,
-            lanes=data.lanes,
-            window=data.window,
-            batch_size=training.batch_size,
-            world=distributed.world(),
-            rank=distributed.rank(),
-            workers=data.workers,
+        before = self.state.images - self.config.training.batch_size
+        return self.state.images >= self.config.training.images or (
+            every > 0 and self.state.images // every > before // every
         )
 
     def next_batch(self) -> Batch:
@@ -184,91 +175,67 @@ class Trainer:
         return batch
 
     def step(self, batch: Batch) -> None:
-        """One optimizer step on one global batch."""
+        """One optimizer step on one global batch, unless the guard finds it bad."""
         training = self.config.training
         keys = sample_keys(
-            training.seed, self.images + distributed.rank() * len(batch.images), len(batch.images), self.device
+            self.state.seed, self.state.images + distributed.rank() * len(batch.images), len(batch.images), self.device
         )
         pixels, data = batch.images.to(self.device, non_blocking=True), self.config.data
         if data.crop or data.flip:
             pixels = augment(pixels, keys, size=data.size, flip=data.flip)
-        share = learning_rate(training, self.images)
+        share = learning_rate(training, self.state.images)
+        rate = averaging_rate(training, self.state.images + training.batch_size)
         for group in self.optimizer.param_groups:
-            group["lr"] = share * getattr(self.config.optimizer, group["name"]).lr
+            group.update(lr=share * getattr(self.config.optimizer, group["name"]).lr, rate=rate)
 
-        moments, loss = torch.zeros_like(self.game.moments[1:]), torch.zeros((), device=self.device)
+        moments, turns = torch.zeros_like(self.game.moments[1:]), []
         for part, part_keys in zip(pixels.split(self.micro), keys.split(self.micro), strict=True):
-            with self.accelerator.accumulate(self.model):
-                turn: Turn = self.model(to_float(part).to(moments.dtype), part_keys)
-                self.accelerator.backward(turn.loss)
+            turn = self.engine.turn(to_float(part).to(moments.dtype), part_keys)
             codes = turn.codes.to(moments.dtype)
-            moments += torch.stack([codes.mean(0), codes.square().mean(0)]) / self.accumulation
-            loss += turn.loss.detach() / self.accumulation
-            self.interval.add_forward(turn)
-        norms = self.clip()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+            moments += torch.stack([codes.mean(0), codes.square().mean(0)])
+            turns.append(turn._replace(loss=turn.loss.detach()))
 
-        # One small all-reduce: the codes' moments, a wish to stop, and numbers that are none.
-        bad = ~torch.stack([loss.to(norms.dtype), *norms]).isfinite()
-        told = distributed.sum_over_ranks(
-            torch.cat(
-                [
-                    moments.flatten() / distributed.world(),
-                    bad.new_tensor([self.stop.signal is not None]).to(moments.dtype),
-                    bad.to(moments.dtype),
-                ]
-            )
-        )
-        self.game.observe(*told[: moments.numel()].view_as(moments), images=training.batch_size)
-        before, self.agreed = self.agreed, distributed.HostCopy(told[moments.numel() :])
+        # One small all-reduce: the codes' moments, the loss, wishes to stop and to save, and a save that failed.
+        loss = torch.stack([turn.loss for turn in turns]).sum().to(moments.dtype)
+        means = torch.cat([moments.flatten(), loss.view(1)]) / (self.accumulation * distributed.world())
+        wishes = [self.stop.signal is not None, self.state.saver.is_due(), self.state.saver.problem() != ""]
+        told = distributed.sum_over_ranks(torch.cat([means, means.new_tensor(wishes)]))
+        norms = self.engine.norms()
+        # Here, and only here, the host waits for the device.
+        loss, stop, due, failed, *lengths = torch.cat([told[moments.numel() :], norms.to(told)]).tolist()
+        self.stopping, self.saving_is_due = self.stopping or stop > 0, self.saving_is_due or due > 0
+        if stop:  # for all ranks: the launcher's store may end before them
+            self.stop.signal = self.stop.signal or signal.SIGTERM
+        if failed:
+            self.state.finish_saving()  # which says why
 
-        self.images += training.batch_size
-        self.average.follow(self.game, rate=averaging_rate(training, self.images))
-        self.interval.add_step(norms)
-        self.progress.advance(self.images)
-        self.heed(before)  # of the step before this one, so that the host never waits for a device at work
-
-    def clip(self) -> Float[Tensor, " network"]:
-        """The gradient norm of every network; if `optimizer.clip` is set, each is scaled down to it by itself."""
-        limit, norms = self.config.optimizer.clip, []
-        for weights in self.networks.values():
-            gradients = [weight.grad for weight in weights if weight.grad is not None]
-            norms.append(torch.nn.utils.get_total_norm(gradients))
-            if limit:
-                torch._foreach_mul_(gradients, (limit / (norms[-1] + 1e-6)).clamp(max=1.0))
-        return torch.stack(norms)
-
-    def heed(self, agreed: distributed.HostCopy) -> None:
-        """Act on what the ranks agreed on at a step.
-
-        Raises:
-            UserError: the loss or a gradient is not a number. The weights are lost, the checkpoints are not.
-        """
-        stop, *bad = agreed.tolist()
-        self.stopping = self.stopping or stop > 0
-        if any(bad):
-            what = ["the loss", *(f"the gradient of {name}" for name in self.networks)]
-            raise self.bad_numbers(what[[value > 0 for value in bad].index(True)])
-
-    def bad_numbers(self, what: str) -> UserError:
-        return UserError(
-            f"{self.run}: {what} is not finite after {self.images:,} images, so training stopped; older checkpoints "
-            "are untouched: begin another training.run with lower learning rates or other penalties"
-        )
+        self.state.images += training.batch_size
+        figures = {"the loss": loss} | {
+            f"the gradient of {name}": length for name, length in zip(self.networks, lengths, strict=True)
+        }
+        if complaint := self.guard.judge(figures):
+            self.engine.skip()
+            log.info("the step to %s images is skipped: %s", f"{self.state.images:,}", complaint)
+        else:
+            self.state.steps += 1
+            self.engine.step(lengths)
+            self.game.observe(*told[: moments.numel()].view_as(moments), images=training.batch_size)
+            self.engine.averaged_moments.lerp_(self.game.moments, rate)
+            self.interval.add_step(turns, norms)
+        self.progress.advance(self.state.images)
 
     def begin_interval(self) -> Interval:
         return Interval(list(self.networks), code_size=self.game.moments.shape[1], device=self.device)
 
     def log(self) -> None:
         """Report the interval that ends here."""
-        self.heed(self.agreed)
         metrics = self.interval.means(batch_size=self.config.training.batch_size)
         metrics["data/bad_samples"] = self.set_aside()
+        metrics |= {"guard/skipped_steps": self.guard.skipped, "guard/rollbacks": len(self.state.rollbacks)}
         metrics |= {f"learning_rate/{group['name']}": group["lr"] for group in self.optimizer.param_groups}
-        self.tracker.log(self.images, metrics)
+        self.tracker.log(self.state.images, metrics)
         shown = ("reconstruction/mse", "speed/images_per_second")
-        self.progress.say(self.images, {name: metrics[name] for name in shown})
+        self.progress.say(self.state.images, {name: metrics[name] for name in shown if name in metrics})
         if complaint := slow_data(metrics):
             log.info(complaint)
         self.interval = self.begin_interval()
@@ -288,21 +255,27 @@ class Trainer:
         """The bad samples that this rank met."""
         return [sample for reader in (*self.readers, self.held_out) for sample in reader.bad.values()]
 
-    def draw(self) -> None:
-        """A picture of samples of fixed noise and of fixed reconstructions. No collectives: rank 0 draws."""
-        self.heed(self.agreed)
-        if distributed.rank() == 0:
-            shown = next(sweep(self.held_out, limit=50, batch_size=min(50, len(self.held_out)))).images
-            self.tracker.picture(self.images, overview(self.average, shown, seed=self.config.training.seed))
-
-    def evaluate(self) -> None:
-        """Judge the averaged networks, on all ranks."""
-        self.heed(self.agreed)
+    def judge(self) -> None:
+        """Draw with, and evaluate, the averaged networks, whichever is due."""
         began = time.perf_counter()
+        with self.engine.averaged() as networks:
+            if self.due(self.config.logging.pictures_every):
+                self.draw(networks)
+            if self.due(self.config.evaluation.every):
+                self.evaluate(networks)
+        self.interval.began += time.perf_counter() - began  # the interval's images per second are training's
+
+    def draw(self, networks: GenerativeAutoencoder) -> None:
+        """A picture of samples of fixed noise and of fixed reconstructions; all ranks draw the same."""
+        shown = next(sweep(self.held_out, limit=50, batch_size=min(50, len(self.held_out)))).images
+        self.tracker.picture(self.state.images, overview(networks, shown, seed=self.config.training.seed))
+
+    def evaluate(self, networks: GenerativeAutoencoder) -> None:
+        """Judge networks, on all ranks."""
         chosen = self.config.evaluation
         metrics = dict(
             evaluate(
-                self.average,
+                networks,
                 train=self.readers[0],
                 held_out=self.held_out,
                 samples=chosen.samples,
@@ -310,77 +283,37 @@ class Trainer:
                 workers=self.config.data.workers,
             )
         )
-        if bad := [name for name, value in metrics.items() if math.isnan(value)]:
-            raise self.bad_numbers(bad[0])
-        self.tracker.log(self.images, metrics)
-        self.progress.say(self.images, metrics)
-        self.interval.began += time.perf_counter() - began  # the interval's images per second are training's
+        self.judged = self.state.images, {name: value for name, value in metrics.items() if math.isfinite(value)}
+        self.tracker.log(self.state.images, metrics)
+        self.progress.say(self.state.images, metrics)
 
     def save(self) -> None:
-        """Save a checkpoint, on rank 0; every rank learns whether that went well.
+        """Save a checkpoint, when the one before is there; the steps go on meanwhile.
 
         Raises:
-            UserError: the storage failed; older checkpoints are untouched.
+            UserError: that one could not be saved; older checkpoints are untouched.
         """
-        self.heed(self.agreed)
+        self.state.finish_saving()
         self.set_aside()
-        for name, value in self.game.state_dict().items():
-            if not value.isfinite().all():
-                raise self.bad_numbers(name)
         problem = ""
         if distributed.rank() == 0:
-            slots = self.optimizer.state
-            moments = {
-                f"{name}.{slot}": value
-                for name, weight in self.game.named_parameters()
-                for slot, value in slots[weight].items()
-            }
-            tensors = {"game": self.game.state_dict(), "average": self.average.state_dict(), "optimizer": moments}
-            progress = {"images": self.images, "stream": self.stream.state_dict()}
             try:
                 self.tracker.flush()  # what the checkpoint counts as done is reported
-                checkpoint.save(
-                    self.run, self.images, tensors=tensors, progress=progress, keep=self.config.checkpoint.keep
-                )
             except UserError as error:
                 problem = str(error)
-        if problem := distributed.from_rank_0(problem):
-            raise UserError(f"the checkpoint after {self.images:,} images could not be saved: {problem}")
+        if problem := distributed.first(problem):
+            raise UserError(f"the checkpoint after {self.state.images:,} images could not be saved: {problem}")
+        self.state.save(figures=self.judged[1] if self.judged[0] == self.state.images else {})
+        self.saving_is_due = False
 
-    def resume(self) -> None:
-        """Take up the newest undamaged checkpoint of the run, if there is one.
+    def go_back(self) -> None:
+        """Go back to the newest checkpoint that no bad step is near, and on in another order of the data.
 
         Raises:
-            UserError: its data set is another one, or the ranks do not see the same checkpoint.
+            UserError: there is none, or it was done often enough.
         """
-        saved = checkpoint.newest(self.run)
-        images = saved.progress["images"] if saved else 0
-        if distributed.from_rank_0(images) != images:
-            raise UserError(
-                f"{self.run}: rank {distributed.rank()} sees a checkpoint of {images} images, rank 0 another; put "
-                "training.run where all nodes see it"
-            )
-        if saved is None:
-            return
-        try:
-            self.stream.load_state_dict(saved.progress["stream"])
-        except UserError as error:
-            raise UserError(f"{error}, or choose another training.run than {self.run}") from None
-        self.saved = saved.name
-        checkpoint.fill(self.game, saved.tensors["game"], run=self.run)
-        checkpoint.fill(self.average, saved.tensors["average"], run=self.run)
-        for name, weight in self.game.named_parameters():
-            slots = {slot: saved.tensors["optimizer"][f"{name}.{slot}"] for slot in ("step", "exp_avg", "exp_avg_sq")}
-            # Adam counts its steps on the host, where reading them costs nothing.
-            self.optimizer.state[weight] = {k: v if k == "step" else v.to(self.device) for k, v in slots.items()}
-        self.images = images
-        log.info("%s goes on from %s images", self.run, f"{self.images:,}")
-
-
-def slow_data(metrics: dict[str, float]) -> str:
-    """A line about the rank that waits longest for its data, if that is a tenth of its time or more."""
-    parts = {name: metrics[f"data/wait/{name}"] for name in ("fetching", "decoding", "hand_over")}
-    if (share := sum(parts.values())) < 0.1:
-        return ""
-    where = ", ".join(f"{name.replace('_', '-')} {part:.0%}" for name, part in parts.items())
-    return f"rank {metrics['data/slowest_rank']:.0f} waits longest for data, {share:.0%} of its time ({where})"
+        self.batches.close()
+        self.state.go_back()
+        self.batches, self.interval = iter(self.state.stream), self.begin_interval()
+        self.tracker.go_back(self.state.images)
+        self.progress.go_back(self.state.images)

@@ -6,6 +6,7 @@ leaves signals to that. (Threads need less code, but with images of 64 x 64 pixe
 each other.)
 """
 
+import errno
 import json
 import logging
 import math
@@ -17,7 +18,7 @@ import subprocess
 import sys
 import threading
 import weakref
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from itertools import cycle
@@ -27,9 +28,9 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 from jaxtyping import UInt8
 
-from aaae_dist import storage
 from aaae_dist.config import Data
-from aaae_dist.errors import UserError
+from aaae_dist.errors import UserError, one_line, speaker
+from aaae_dist.failures import reason
 from aaae_dist.fetching import Place
 from aaae_dist.reader import Bad, Reader, Told
 from aaae_dist.shards import Index
@@ -85,75 +86,142 @@ def answers(readers: Sequence[Reader], requests: Iterator[Request], *, rows: int
         yield answer
 
 
+class Worker:
+    """A process that runs `work`, as its trainer sees it: lines of JSON to it and from it."""
+
+    def __init__(self, memory: int) -> None:
+        """Start it.
+
+        Args:
+            memory: descriptor that it inherits.
+
+        Raises:
+            OSError, RuntimeError: the process, or the thread that talks to it, cannot be started.
+        """
+        self.messages: SimpleQueue[dict[str, Any] | None] = SimpleQueue()
+        self.said = b""  # what was read and not yet taken
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "aaae_dist.workers"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            bufsize=0,  # a message is not to wait for the next
+            pass_fds=[memory],
+            start_new_session=True,
+        )
+        try:
+            threading.Thread(target=self.pass_on, name="workers", daemon=True).start()
+        except RuntimeError:
+            self.kill()
+            self.bury()
+            raise
+
+    def tell(self, message: dict[str, Any]) -> None:
+        """Send a message, without waiting for the process to listen."""
+        self.messages.put(message)
+
+    def pass_on(self) -> None:
+        """Write the messages. The process may be long in listening, and a pipe holds little."""
+        assert self.process.stdin
+        with suppress(OSError), self.process.stdin:  # it may have died, which `line` tells
+            while (message := self.messages.get()) is not None:
+                line = memoryview(json.dumps(message).encode() + b"\n")
+                while line:
+                    line = line[self.process.stdin.write(line) :]
+
+    def line(self, limit: float) -> bytes:
+        """The next line that it says; empty: it ended.
+
+        Raises:
+            TimeoutError: it said nothing for `limit` seconds.
+        """
+        assert self.process.stdout
+        poll = select.poll()
+        poll.register(self.process.stdout, select.POLLIN)
+        while b"\n" not in self.said:
+            if not poll.poll(1000 * limit):
+                raise TimeoutError
+            if not (part := os.read(self.process.stdout.fileno(), 1 << 16)):
+                return b""
+            self.said += part
+        line, _, self.said = self.said.partition(b"\n")
+        return line
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.messages.put(None)
+
+    def bury(self) -> None:
+        """Take leave of it after `kill`."""
+        assert self.process.stdout
+        self.process.stdout.close()
+        with suppress(subprocess.TimeoutExpired):  # a disk that hangs may hold it; it ends when that lets go
+            self.process.wait(timeout=5)
+
+
 class Crew:
-    """Worker processes and the slots of memory that they share with this one."""
+    """Workers, and the slots of memory that they share with this process."""
 
     def __init__(self, readers: Sequence[Reader], *, shape: tuple[int, ...], workers: int) -> None:
         self.readers, self.shape = readers, shape
         self.slots = (AHEAD + 1) * workers + 1
         self.free = deque(range(self.slots))
-        descriptor = os.memfd_create("batches")
-        os.ftruncate(descriptor, self.slots * math.prod(shape))
-        self.memory = mmap.mmap(descriptor, 0)
-        setup = {
-            "memory": descriptor,
-            "shape": shape,
-            "sets": [
-                {"data": r.data.model_dump(), "index": r.index.model_dump(), "split": r.split, "url": r.url}
-                for r in readers
-            ],
-        }
-        line = [sys.executable, "-m", "aaae_dist.workers"]
-        self.workers: list[subprocess.Popen[bytes]] = []
-        self.told: defaultdict[int, SimpleQueue[dict[str, Any] | None]] = defaultdict(SimpleQueue)  # by process
+        self.workers: list[Worker] = []
+        sets = [
+            {"data": r.data.model_dump(), "index": r.index.model_dump(), "split": r.split, "url": r.url}
+            for r in readers
+        ]
+        descriptor = None
         earlier = signal.pthread_sigmask(signal.SIG_BLOCK, TRAINERS_SIGNALS)  # they inherit it
         try:
+            descriptor = os.memfd_create("batches")
+            os.ftruncate(descriptor, self.slots * math.prod(shape))
+            self.memory = mmap.mmap(descriptor, 0)
             for _ in range(workers):
-                self.workers.append(
-                    subprocess.Popen(
-                        line,
-                        stdin=subprocess.PIPE,
-                        stdout=subprocess.PIPE,
-                        bufsize=0,  # no buffer, no lock: `dismiss` must not wait for a thread that is amid a message
-                        pass_fds=[descriptor],
-                        start_new_session=True,
-                    )
-                )
-        except OSError as error:
+                self.workers.append(Worker(descriptor))
+                self.workers[-1].tell({"memory": descriptor, "shape": shape, "sets": sets})
+        except (OSError, RuntimeError) as error:  # the latter of threads
             self.dismiss()
-            raise UserError(f"data.workers {workers}: {storage.one_line(error)}; lower it") from None
+            problem = reason(error) if getattr(error, "errno", 0) == errno.EMFILE else f"{one_line(error)}; lower it"
+            raise UserError(f"data.workers {workers}: {problem}") from None
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, earlier)
-            os.close(descriptor)
-        self.said = {worker.pid: b"" for worker in self.workers}  # what was read and not yet taken
-        for worker in self.workers:
-            self.told[worker.pid].put(setup)
-            threading.Thread(target=self.tell, args=[worker], name="workers", daemon=True).start()
+            if descriptor is not None:
+                os.close(descriptor)
 
     def answers(self, first: Answer, requests: Iterator[Request]) -> Iterator[Answer]:
         """An answer that is there already, and after it those of the requests in their order."""
-        waiting: deque[tuple[subprocess.Popen[bytes], int]] = deque()
+        waiting: deque[tuple[Worker, int]] = deque()
         turns = cycle(self.workers)
+
+        def ask_ahead() -> None:
+            while len(waiting) < AHEAD * len(self.workers) and self.free:
+                worker, request, slot = next(turns), next(requests), self.free.popleft()
+                for other in self.workers if request.plans else ():
+                    other.tell({"plans": request.plans})
+                worker.tell({"slot": slot, "reads": [(n, places.tobytes().hex()) for n, places in request.reads]})
+                waiting.append((worker, slot))
+
         try:
-            following: Answer | None = first
+            ask_ahead()
+            yield first
             while True:
-                while len(waiting) < AHEAD * len(self.workers) and self.free:
-                    worker, request, slot = next(turns), next(requests), self.free.popleft()
-                    for other in self.workers if request.plans else ():
-                        self.told[other.pid].put({"plans": request.plans})
-                    reads = [(n, places.tobytes().hex()) for n, places in request.reads]
-                    self.told[worker.pid].put({"slot": slot, "reads": reads})
-                    waiting.append((worker, slot))
-                yield following or self.take(*waiting.popleft())
-                following = None
+                ask_ahead()
+                yield self.take(*waiting.popleft())
         finally:
             self.dismiss()
 
-    def take(self, worker: subprocess.Popen[bytes], slot: int) -> Answer:
+    def take(self, worker: Worker, slot: int) -> Answer:
         """A worker's next answer. Its slot is used again when nobody holds the pixels any more."""
-        line = self.line(worker)
+        limit = max(reader.data.patience for reader in self.readers) + UNANSWERED
+        try:
+            line = worker.line(limit)
+        except TimeoutError:
+            raise UserError(
+                f"data.workers {len(self.workers)}: process {worker.process.pid} has not answered for {limit:.0f} s; "
+                "see what holds it, such as a disk that hangs, and give the same command again"
+            ) from None
         if not line:
-            code = worker.wait()
+            code = worker.process.wait()
             remedy = "; lower it, or training.batch_size, if memory was short" if code < 0 else "; see what it said"
             raise UserError(f"data.workers {len(self.workers)}: a worker ended ({code}){remedy}")
         answer = json.loads(line)
@@ -170,45 +238,12 @@ class Crew:
             weakref.finalize(pixels, self.free.append, slot)
         return Answer(pixels, Told(*answer["told"]))
 
-    def line(self, worker: subprocess.Popen[bytes]) -> bytes:
-        """The next line of a worker; empty: it ended."""
-        assert worker.stdout
-        said, limit = self.said[worker.pid], max(reader.data.patience for reader in self.readers) + UNANSWERED
-        poll = select.poll()
-        poll.register(worker.stdout, select.POLLIN)
-        while b"\n" not in said:
-            if not poll.poll(1000 * limit):
-                raise UserError(
-                    f"data.workers {len(self.workers)}: process {worker.pid} has not answered for {limit:.0f} s; see "
-                    "what holds it, such as a disk that hangs, and give the same command again"
-                )
-            if not (part := os.read(worker.stdout.fileno(), 1 << 16)):
-                return b""
-            said += part
-        line, _, self.said[worker.pid] = said.partition(b"\n")
-        return bytes(line)
-
-    def tell(self, worker: subprocess.Popen[bytes]) -> None:
-        """Pass on what a worker is to be told. It may be long in listening, and a pipe holds little."""
-        assert worker.stdin
-        with suppress(OSError, ValueError):  # it died, which `take` tells, or was dismissed
-            while (message := self.told[worker.pid].get()) is not None:
-                line = memoryview(json.dumps(message).encode() + b"\n")
-                while line:
-                    line = line[worker.stdin.write(line) :]
-
     def dismiss(self) -> None:
-        """End all workers."""
+        """End all workers, all of them asked before the first is waited for."""
         for worker in self.workers:
             worker.kill()
-            self.told[worker.pid].put(None)
         for worker in self.workers:
-            assert worker.stdin
-            assert worker.stdout
-            worker.stdin.close()
-            worker.stdout.close()
-            with suppress(subprocess.TimeoutExpired):  # a disk that hangs may hold it; it ends when that lets go
-                worker.wait(timeout=5)
+            worker.bury()
 
 
 def listen(messages: SimpleQueue[str]) -> None:
@@ -221,8 +256,7 @@ def listen(messages: SimpleQueue[str]) -> None:
 def work() -> NoReturn:
     """The life of a worker. It ends with the thread that started it, even if it is stopped."""
     end_with_parent(signal.SIGKILL)
-    rank = f" rank {os.environ['RANK']}" if os.environ.get("RANK", "0") != "0" else ""  # as `cli.main` names it
-    logging.basicConfig(stream=sys.stderr, format=f"aaae{rank} data worker: %(message)s", level=logging.WARNING)
+    logging.basicConfig(stream=sys.stderr, format=f"{speaker()} data worker: %(message)s", level=logging.WARNING)
     logging.getLogger("aaae_dist.reader").setLevel(logging.ERROR)  # bad samples are told of in the answers
     setup = json.loads(sys.stdin.readline())
     slots = np.frombuffer(mmap.mmap(setup["memory"], 0), np.uint8).reshape(-1, *setup["shape"])

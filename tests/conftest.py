@@ -34,10 +34,11 @@ def pytest_report_header() -> str:
     return f"S3 store: {'Ceph' if servers.ceph_is_installed() else 'moto, for Ceph is not installed'}"
 
 
-def awaited(call: Callable[[], Result]) -> Result:
-    """What a call returns when that is something; it is asked again and again."""
-    deadline = time.monotonic() + 30
+def awaited(call: Callable[[], Result], *, of: subprocess.Popen | None = None, seconds: float = 30.0) -> Result:
+    """What a call returns when that is something; it is asked again and again, as long as a process `of` it lives."""
+    deadline = time.monotonic() + seconds
     while not (found := call()):
+        assert of is None or of.poll() is None, of.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.02)
     return found

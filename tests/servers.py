@@ -151,8 +151,10 @@ class Daemon:
         self, *command: str, variables: Mapping[str, str], log: Path, starter: Executor, port: int = 0
     ) -> None:
         # The system kills the process when the thread that started it ends, so it survives no test run, however that
-        # ends. In a session of its own it hears no Ctrl-C: it is ended in order.
-        self.command = ["setpriv", "--pdeathsig", "KILL", *command]
+        # ends; a run that ended before the system was asked shows in the parent. In a session of its own the process
+        # hears no Ctrl-C: it is ended in order.
+        unless_orphan = 'test $PPID = "$0" && exec "$@"'
+        self.command = ["setpriv", "--pdeathsig", "KILL", "sh", "-c", unless_orphan, str(os.getpid()), *command]
         self.variables, self.log, self.starter, self.port = variables, log, starter, port
         self.process: subprocess.Popen | None = None
 

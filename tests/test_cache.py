@@ -135,7 +135,7 @@ def test_a_full_disk_ends_no_run(full_disk, caplog):
     assert message.startswith(f"{cache.folder}: no space left; the other shards' samples are fetched one by one")
 
 
-def test_what_the_disk_cannot_hold_is_not_fetched_and_the_unused_makes_room(tmp_path, requests, monkeypatch):
+def test_what_the_disk_cannot_hold_is_not_fetched_and_the_unused_makes_room(tmp_path, requests, monkeypatch, caplog):
     cache, disk = Cache(tmp_path, limit=10 * MB), 2 * MB
 
     def left(path: Path) -> os.statvfs_result:
@@ -148,13 +148,32 @@ def test_what_the_disk_cannot_hold_is_not_fetched_and_the_unused_makes_room(tmp_
     disk, before = MB // 2, len(requests)
     assert take(cache, 2) is None
     assert requests[before:] == []
+    disk = 2 * MB + MB // 2
+    part = cache.part(shard(3)[1])
+    with part.open("wb") as other:  # which another process begins: what it will write counts too, and once
+        fcntl.flock(other, fcntl.LOCK_EX)
+        assert take(cache, 2) == shard(2)[2]
+        assert names(tmp_path) == {f"{shard(2)[1].sha256}.tar", part.name}
+        other.truncate(MB - 1000)
+        disk = 3 * MB + 2000
+        assert take(cache, 4) == shard(4)[2]
+        assert names(tmp_path) == {f"{shard(2)[1].sha256}.tar", f"{shard(4)[1].sha256}.tar", part.name}
+    (message,) = caplog.messages
+    assert message.startswith(f"{tmp_path}: no space left; ")
+    assert message.endswith(": free some, or set data.cache to a larger disk")
 
 
 def test_what_can_never_fit_empties_no_cache(tmp_path):
-    cache = Cache(tmp_path, limit=MB + MB // 2)
+    cache = Cache(tmp_path, limit=3 * MB)
     assert take(cache, 0) == shard(0)[2]
-    assert not cache.make_room(2 * MB)
-    assert names(tmp_path) == {f"{shard(0)[1].sha256}.tar"}
+    assert take(cache, 1) == shard(1)[2]
+    held = cache.get(shard(0)[1])  # and so stays
+    assert held is not None
+    for wanted in (4 * MB, 2 * MB + MB // 2):
+        assert cache.make_room(wanted).startswith("data.cache_gb 0.003: it does not hold all shards in play; ")
+        assert names(tmp_path) == {f"{shard(n)[1].sha256}.tar" for n in (0, 1)}
+    os.close(held)
+    assert cache.make_room(2 * MB + MB // 2) == ""
 
 
 def test_a_download_that_ends_meanwhile_is_counted(tmp_path, monkeypatch):
@@ -169,7 +188,7 @@ def test_a_download_that_ends_meanwhile_is_counted(tmp_path, monkeypatch):
         return real(path, **more)
 
     monkeypatch.setattr(Path, "stat", late)
-    assert not cache.make_room(MB + MB // 2)
+    assert cache.make_room(MB + MB // 2)
 
 
 def test_a_folder_that_is_removed_amid_a_download_is_made_anew(tmp_path, monkeypatch):
@@ -208,10 +227,15 @@ def test_a_wrong_copy_is_thrown_away(tmp_path, requests):
     path = tmp_path / f"{shard(0)[1].sha256}.tar"
     os.truncate(path, 1000)
     assert take(cache, 0) == shard(0)[2]
-    cache.drop(shard(0)[1])
+    damaged = cache.get(shard(0)[1])
+    assert damaged is not None
+    cache.drop(shard(0)[1], damaged)
     assert not path.exists()
     assert take(cache, 0) == shard(0)[2]
     assert len(requests) == 3
+    cache.drop(shard(0)[1], damaged)  # said again, by another thread: a right one has its name now
+    assert path.exists()
+    os.close(damaged)
 
 
 def test_other_bytes_than_the_index_says_are_one_line(tmp_path):
@@ -299,7 +323,7 @@ def test_a_shard_that_others_complete_or_give_up_is_not_fetched_into_a_lost_file
 def test_a_shard_that_another_removes_is_fetched_again(tmp_path, requests, before_lock):
     cache = Cache(tmp_path, limit=10 * MB)
     take(cache, 0)
-    before_lock.append(partial(cache.drop, shard(0)[1]))
+    before_lock.append((tmp_path / f"{shard(0)[1].sha256}.tar").unlink)
     assert take(cache, 0) == shard(0)[2]
     assert len(requests) == 2
     assert names(tmp_path) == {f"{shard(0)[1].sha256}.tar"}

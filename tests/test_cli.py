@@ -24,11 +24,12 @@ from faults import FaultProxy, Faults
 from PIL import Image
 
 from aaae_dist import storage
-from aaae_dist.arguments import parser
-from aaae_dist.cli import COMMANDS, main
+from aaae_dist.cli import circumstance, main
+from aaae_dist.commands import COMMANDS
 from aaae_dist.config import settings
 from aaae_dist.shards import INDEX
 from aaae_dist.sources import SOURCES
+from aaae_dist.verbs import parser
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": ""}  # streams as users have them
 AAAE = [sys.executable, "-m", "aaae_dist"]
@@ -285,19 +286,60 @@ def test_runs_that_are_none(run: Path, copy: Path, tmp_path: Path, refuse: Refus
     assert not out.exists()
 
 
+def test_checkpoints_are_listed_verified_and_pruned(
+    copy: Path, refuse: Refuse, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    older, newer = sorted((copy / "checkpoints").iterdir())
+    sizes = [sum(path.stat().st_size for path in place.glob("*.safetensors")) for place in (older, newer)]
+    assert call("checkpoint", "list", copy) == 0
+    rows = capsys.readouterr().out.splitlines()
+    assert [row.split("  ")[:3] for row in rows] == [
+        [place.name, f"{int(place.name):,} images", "single on 1"] for place in (older, newer)
+    ]
+    assert call("checkpoint", "list", copy, "--json") == 0
+    told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(row["checkpoint"], row["bytes"], row["engine"], row["ranks"]) for row in told] == [
+        (place.name, size, "single", 1) for place, size in zip((older, newer), sizes, strict=True)
+    ]
+    assert told[1]["figures"]["reconstruction/held_out_mse"] > 0
+    assert call("checkpoint", "verify", copy) == 0
+    assert capsys.readouterr().out == f"{copy}: 2 checkpoints as they were saved\n"
+    assert call("checkpoint", "prune", copy, "--keep", 1) == 0
+    assert capsys.readouterr().out == f"{copy}: removed {older.name}; left {newer.name}\n"
+    assert not older.exists()
+    damage(newer / "00000-000.safetensors")
+    assert call("checkpoint", "verify", copy) == 2
+    told = capsys.readouterr()
+    assert told.out == f"{newer}/00000-000.safetensors: damaged, its bytes are not those that were saved\n"
+    assert told.err.startswith(f"aaae: {copy}: damaged in 1 file, see stdout; bring them back, or train on from")
+    assert refuse("checkpoint", "prune", copy, "--keep", 1) == (
+        f"{newer}/00000-000.safetensors: damaged, its bytes are not those that were saved; nothing was removed: bring "
+        "that back, or remove its checkpoint's folder, first"
+    )
+    damage(newer / "manifest.json")
+    assert call("checkpoint", "list", copy) == 0
+    assert capsys.readouterr().out == ""
+    assert f"checkpoint {newer.name}: {newer}/manifest.json: damaged" in caplog.text
+    none = copy / "nothing"
+    assert refuse("checkpoint", "prune", none, "--keep", 1).startswith(f"{none}/config.toml: no such file; RUN is")
+    lock = storage.Lock(str(copy))
+    assert refuse("checkpoint", "prune", copy, "--keep", 1).startswith(f"{copy}: another training is at work there")
+    lock.release()
+
+
 def test_damaged_checkpoints(copy: Path, tmp_path: Path, refuse: Refuse, caplog: pytest.LogCaptureFixture) -> None:
     older, newer = sorted((copy / "checkpoints").iterdir())
-    damage(newer / "average.safetensors")
+    damage(newer / "00000-000.safetensors")
     assert call("sample", copy, "--out", tmp_path / "out.npz") == 0  # the older one is whole
-    assert f"checkpoint {newer.name} is passed over: {newer}/average.safetensors: damaged" in caplog.text
+    assert f"checkpoint {newer.name} is passed over: {newer}/00000-000.safetensors: damaged" in caplog.text
     assert refuse("sample", copy, "--checkpoint", newer.name, "--out", tmp_path / "out.npz") == (
-        f"{newer}/average.safetensors: damaged, its bytes are not those that were saved"
+        f"{newer}/00000-000.safetensors: damaged, its bytes are not those that were saved"
     )
-    (older / "average.safetensors").write_bytes(b"")
+    (older / "00000-000.safetensors").write_bytes(b"")
     for arguments in (["evaluate", copy], ["sample", copy, "--out", tmp_path / "out.npz"]):
         assert refuse(*arguments) == (
             f"{copy}/checkpoints: all 2 checkpoints are damaged; restore one, or remove the folder to start anew "
-            f"(the newest: {newer}/average.safetensors: damaged, its bytes are not those that were saved)"
+            f"(the newest: {newer}/00000-000.safetensors: damaged, its bytes are not those that were saved)"
         )
 
 
@@ -313,6 +355,8 @@ def test_out_that_cannot_be_written(run: Path, tmp_path: Path, refuse: Refuse) -
     (tmp_path / "folder.npz").mkdir()
     assert refuse("sample", run, "--out", tmp_path / "folder.npz").startswith(f"{tmp_path}/folder.npz: ")
     assert refuse("sample", run, "--count", 10**12, "--out", tmp_path / "huge.npz").startswith("out of memory (")
+    for words in ("can't start new thread", "could not create a primitive"):  # as where `ulimit -v` is low
+        assert circumstance(RuntimeError(words)).startswith(f"out of memory ({words}); lower")
 
 
 def test_images_that_are_none(run: Path, tiny: Path, tmp_path: Path, refuse: Refuse) -> None:

@@ -210,7 +210,8 @@ def test_batches_that_are_kept_are_not_written_over(many, twenty):
 
 
 def data_workers() -> list[psutil.Process]:
-    return [child for child in psutil.Process().children() if "aaae_dist.workers" in child.cmdline()]
+    """This process's. One that was started just now has no command line for a moment."""
+    return [child for child in psutil.Process().children() if "aaae_dist.workers" in awaited(child.cmdline)]
 
 
 def shared_memories() -> int:
@@ -297,17 +298,24 @@ def test_a_worker_that_is_stopped_is_one_line(many, monkeypatch):
     assert not worker.is_running()
 
 
-def test_workers_that_cannot_be_started_are_one_line(many, monkeypatch):
+@pytest.mark.parametrize(
+    ("code", "line"),
+    [
+        (errno.EAGAIN, r".*Resource temporarily unavailable; lower it"),
+        (errno.EMFILE, "too many open files; raise the limit of this process, `ulimit -n`"),
+    ],
+)
+def test_workers_that_cannot_be_started_are_one_line(many, monkeypatch, code, line):
     started, original = [], subprocess.Popen
 
     def popen(*arguments: Any, **options: Any) -> subprocess.Popen:
         if started:
-            raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")  # as where `ulimit -u` is reached
+            raise OSError(code, os.strerror(code))  # as where `ulimit -u` or `ulimit -n` is reached
         started.append(original(*arguments, **options))
         return started[0]
 
     monkeypatch.setattr(subprocess, "Popen", popen)
-    with refused(r"data\.workers 2: .*Resource temporarily unavailable; lower it"):
+    with refused(rf"data\.workers 2: {line}"):
         next(iter(Stream([reader(many, keep=False)], **USUAL, workers=2)))
     assert started[0].returncode is not None
 

@@ -1,7 +1,6 @@
 """Bytes of samples: whatever the cache holds, whatever was damaged, whoever may look."""
 
 import errno
-import json
 import os
 import resource
 import threading
@@ -19,7 +18,7 @@ import psutil
 import pytest
 import servers
 from conftest import awaited, copied, forget_clients, noise, prepared, refused
-from test_data import assert_same
+from test_data import assert_same, data_workers
 from test_data import read as read_stream
 from test_reader import read_all, reader
 
@@ -79,9 +78,8 @@ def test_workers_let_go_of_shards_with_the_plan(small, s3, tmp_path):
     for _ in range(20):
         next(stream)
         time.sleep(0.01)
-    workers = [child for child in psutil.Process().children() if "aaae_dist.workers" in child.cmdline()]
     numbers = {shard.sha256: number for number, shard in enumerate(source.shards)}
-    for worker in workers:
+    for worker in data_workers():
         files = {Path(file.path).stem for file in worker.open_files()}
         held.append({numbers[name] for name in files if name in numbers})
     stream.close()
@@ -106,16 +104,43 @@ def test_a_damaged_copy_that_is_planned_comes_again(small, tmp_path, finder):
     awaited(lambda: path.exists() and path.read_bytes() == content and 3 in source.fetcher.files)
 
 
-def test_a_sweep_ends_at_a_shard_that_is_not_the_index_s(small, tmp_path):
-    remote = copied(small, "memory://swept")
-    index = storage.read_json(f"{remote}/{INDEX}")
+def name_other_shards(url: str) -> None:
+    """Let the index of a data set expect other shards than are there, of the same names and sizes."""
+    index = storage.read_json(f"{url}/{INDEX}")
     for shard in index["shards"]:
         shard["sha256"] = shard["sha256"][::-1]
-    storage.write_json(f"{remote}/{INDEX}", index)
+    storage.write_json(f"{url}/{INDEX}", index)
+
+
+def test_a_sweep_ends_at_a_shard_that_is_not_the_index_s(small, tmp_path):
+    remote = copied(small, "memory://swept")
+    name_other_shards(remote)
     source = reader(remote, cache=str(tmp_path))
     with refused(rf"{remote}/train-\d+\.tar: its sha256 is not the index's"):
         for _ in range(1000):
             list(sweep(source, limit=200, batch_size=20))
+
+
+def test_who_saw_a_damaged_copy_drops_no_other(small, tmp_path):
+    source = reader(copied(small, "memory://late"), cache=str(tmp_path)).fetcher
+    source.plan("test", [3])
+    awaited(lambda: 3 in source.files)
+    damaged = source.files[3]
+    (tmp_path / "aaae_dist" / f"{source.shards[3].sha256}.tar").unlink()
+    source.plan("test", [3])
+    awaited(lambda: source.files.get(3, damaged) is not damaged)
+    right, offsets = source.files[3], source.load_offsets(3)
+    source.drop_copy(3, damaged)
+    assert source.files[3] is right
+    assert source.offsets[3] is offsets
+
+
+def test_offsets_are_let_go_with_the_plan(small, tmp_path):
+    source = reader(copied(small, "memory://offsets"), cache=str(tmp_path), cache_gb=1e-9)
+    source.read(np.array([[1, 0], [5, 7]]), np.zeros((2, 8, 8, 1), np.uint8))
+    assert set(source.fetcher.offsets) == {1, 5}
+    source.fetcher.plan("test", [5])
+    assert set(source.fetcher.offsets) == {5}
 
 
 def test_planned_shards_come_and_those_no_longer_planned_are_let_go(small, tmp_path, requests):
@@ -198,10 +223,7 @@ def test_a_web_server_that_knows_no_ranges(small, tmp_path, cache_gb):
 def test_a_shard_that_is_not_the_index_s_ends_the_stream(small, tmp_path, workers):
     """Its samples are what their checksums say; the shard is not."""
     with servers.files(Path(small)) as url:
-        index = json.loads((Path(small) / INDEX).read_text())
-        for shard in index["shards"]:
-            shard["sha256"] = shard["sha256"][::-1]
-        storage.write_json(f"{small}/{INDEX}", index)
+        name_other_shards(small)
         source = reader(url, cache=str(tmp_path / "cache"))
         source.keep = False
         with refused(rf"{url}/train-\d+\.tar: its sha256 is not the index's"):

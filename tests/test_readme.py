@@ -14,6 +14,8 @@ from PIL import Image
 from test_sources import write_mnist
 from training_runs import ROOT, environment
 
+import aaae_dist
+
 BIN = Path(sys.executable).parent
 SHORT = (
     "training.images=128 training.batch_size=32 training.precision=no model.width=4 model.latent_width=16 "
@@ -80,17 +82,36 @@ def test_the_demo_and_what_follows(workplace):
     picture = re.search(r"samples and reconstructions +(\S+)", first.stdout)[1]
     assert size_of(workplace / picture) == (2 * (10 * 36 + 16), 10 * 36)
     assert (workplace / "runs/digits/mlflow_run_id").read_text().strip() in first.stdout
-    again = run(block_with("accelerate launch"), workplace)
+    again = run(block_with("train configs/digits.toml"), workplace)
     assert "nothing is left to do" in again.stderr
     assert "MLflow has all" in run(block_with("track sync"), workplace).stdout
+    saved = run(block_with("checkpoint list"), workplace).stdout
+    assert "images  ddp on 2  " in saved
+    assert "as they were saved" in saved
+    assert aaae_dist.load(str(workplace / "digits-model")).noise_size == 12
     looked = run(block_with("shards inspect"), workplace)
     assert looked.stdout.count('{"batch": ') == 3
     assert (workplace / "sheet.png").exists()
 
 
+def test_the_selftest_finds_nothing_and_leaves_nothing(workplace):
+    done = run(block_with("selftest"), workplace)
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ["ok"] * 5, done.stdout
+    assert "ddp, 2 ranks on 1 node, " in done.stdout
+    assert list((workplace / "runs").iterdir()) == []
+
+
 def test_every_block_is_accounted_for():
     """What is not run above is `make demo` and `make test`, which run this."""
-    known = ("prepare folder", "s3://bucket/runs", "accelerate launch", "track sync", "shards inspect")
+    known = (
+        "prepare folder",
+        "s3://bucket/runs",
+        "train configs/digits.toml",
+        "selftest",
+        "track sync",
+        "checkpoint list",
+        "shards inspect",
+    )
     known += ("make demo", "make test")
     assert [block for block in BLOCKS if not any(text in block for text in known)] == []
     makefile = (ROOT / "Makefile").read_text()

@@ -3,6 +3,7 @@
 import http.client
 import multiprocessing
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -101,9 +102,15 @@ input()
 """
 
 
-def test_a_server_dies_with_the_tests_that_started_it(tmp_path):
+@pytest.mark.parametrize("delay", [0, 1])
+def test_a_server_dies_with_the_tests_that_started_it(tmp_path, delay):
+    slow = tmp_path / "setpriv"  # a busy machine: the tests are gone before the system is asked to watch them
+    slow.write_text(f'#!/bin/sh\nsleep {delay}\nexec {shutil.which("setpriv")} "$@"\n')
+    slow.chmod(0o755)
     line = [sys.executable, "-c", SLEEPER, tmp_path / "log"]
-    with subprocess.Popen(line, cwd=Path(__file__).parent, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as tests:
+    variables = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(line, cwd=Path(__file__).parent, env=variables, **pipes) as tests:
         assert tests.stdout
         server = psutil.Process(int(tests.stdout.readline()))
         assert server.is_running()

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import scipy.io
+import servers
 import webdataset
 from conftest import picture, refused
 from official import (
@@ -462,6 +463,16 @@ def test_a_failing_store_is_not_a_bad_picture(tmp_path):
     (tmp_path / "b").mkdir()
     with refused(f"{tmp_path}/a.png: .*directory"):
         source.read(0)
+
+
+def test_folder_behind_a_web_server_reads_the_same_whatever_its_names_are(tmp_path):
+    names = ("a b/1 2.png", "a b/z.png", "100%/x+y&z.png", "a%20b/#1?.png", "ünï 🙂/~[1].png", "A/'quoted\" <i>.png")
+    for name in names:
+        storage.write(str(tmp_path / name), PICTURES["grey"][0])
+    with servers.files(tmp_path) as url:
+        local, there = folder(str(tmp_path)), folder(url)
+        assert (there.keys, there.classes, there.labels) == (local.keys, local.classes, local.labels)
+        assert len(images(there)) == len(names)
 
 
 def test_links_to_folders_are_followed_but_not_in_circles(tmp_path):

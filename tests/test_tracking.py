@@ -20,6 +20,7 @@ from PIL import Image
 from aaae_dist import storage, tracking
 from aaae_dist.config import Config
 from aaae_dist.errors import UserError
+from aaae_dist.guard import write_rollbacks
 from aaae_dist.tracking import Tracker, default_tracking_uri, sync
 
 SECRET, PICTURE = "hunter2", Image.new("RGB", (16, 8))
@@ -228,6 +229,42 @@ def test_a_resumed_run_goes_on_in_the_same_mlflow_run_without_duplicates(server,
     until(lambda: known(run).info.status == "RUNNING")
     again.close("KILLED")
     assert known(run).info.status == "KILLED"
+
+
+def test_what_a_run_trains_again_after_going_back_is_told_again(server, tmp_path):
+    run = tmp_path / "run"
+    tracker = begin(run)
+    for images in (100, 200, 300):
+        tracker.log(images, {"loss/mse": images / 7})
+        tracker.picture(images, PICTURE)
+    until(lambda: agree(run) and len(samples(run)) == 3)
+    abandoned, first = journal(run)[1:], samples(run)
+    event = {"after": 300, "to": 100, "because": "a test", "time": round(time.time(), 3)}
+    write_rollbacks(str(run), [event])
+    tracker.go_back(100)
+    for images in (200, 300):
+        tracker.log(images, {"loss/mse": images / 9})
+    assert [path.name for path in sorted((run / "samples").iterdir())] == ["000000000100.png"]
+    tracker.picture(200, PICTURE)
+    until(lambda: agree(run, [*abandoned, *journal(run)]) and len(samples(run)) == 4)
+    (again,) = {*samples(run)} - {*first}
+    assert "+step+200+" in again
+    tracker.close("KILLED")
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    now = {"time": round(time.time(), 3)}
+    write_rollbacks(str(run), [event, {"after": 450, "to": 400, "because": "another", "time": now["time"] + 1}])
+    with (run / "metrics.jsonl").open("a") as file:  # MLflow missed a line between two such moments
+        file.write(json.dumps({"images": 300, "more/mse": 0.1} | now) + "\n")
+        file.write(json.dumps({"images": 400, "loss/mse": 400 / 9} | now) + "\n")
+    assert len(lines) == 3
+    (run / "samples" / "000000000500.png").write_bytes(b"of an abandoned way")
+    resumed = begin(run, images=400)
+    resumed.log(500, {"loss/mse": 0.5})
+    resumed.close("FINISHED")
+    told = [(line["images"], line["loss/mse"]) for line in journal(run) if "loss/mse" in line]
+    assert told == [(100, 100 / 7), *((images, images / 9) for images in (200, 300, 400)), (500, 0.5)]
+    assert len(samples(run)) == 4
+    assert agree(run, [*abandoned, *journal(run)])
 
 
 def test_a_server_that_is_down_from_the_start_gets_everything_by_sync(server, crooked, monkeypatch, caplog, capfd):

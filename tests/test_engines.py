@@ -1,0 +1,239 @@
+"""One model under every engine, each started as its user starts it: the same numbers, and one checkpoint."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from conftest import refused
+from PIL import Image
+from test_training import trainer_for
+from training_runs import ENGINES, assert_same_bits, ended, final, networks, settings, train
+
+from aaae_dist import checkpoint, distributed
+from aaae_dist.engine import Engine
+from aaae_dist.fsdp import Fsdp
+from aaae_dist.zero import Zero
+
+ZERO = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}
+WITHOUT = """
+import importlib.util
+found = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *more: None if name == "deepspeed" else found(name, *more)
+"""
+HARD = (  # all that could tell engines apart: what is clipped, averaged, scheduled, penalised, judged, drawn
+    "optimizer.encoder.lr=3e-3",
+    "optimizer.clip=0.3",
+    "training.warmup=300",
+    "training.average_half_life=200",
+    "evaluation.every=640",
+    "logging.pictures_every=640",
+    "logging.every=64",
+    "data.workers=0",
+)
+
+
+def trained(folder: Path, data: str, engine: str, *more: str, processes: int = 2) -> Path:
+    run = folder / f"{engine}-{processes}-{len(more)}-{'-'.join(more)}".replace("/", "_")
+    if not run.exists():
+        done = train(*settings(run, data, *HARD, *more), processes=processes, engine=engine)
+        assert "Error" not in done.stderr
+        said = [line for line in done.stdout.splitlines() if "Setting accelerator to CPU" not in line]  # the launcher
+        assert said == []
+    return run
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("engines")
+
+
+def assert_same_figures(ours: Path, theirs: Path) -> None:
+    """Every number of every line but times and rates of work: losses to 1e-6, all to 1e-5."""
+    found = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (ours, theirs)]
+    assert len(found[0]) == len(found[1]) == 22
+    for our, their in zip(*found, strict=True):
+        for name, value in their.items():
+            if not name.startswith(("time", "speed/", "data/")):
+                limit = 1e-6 if name.endswith(("loss", "/mse", "held_out_mse")) else 1e-5
+                assert our[name] == pytest.approx(value, rel=limit, abs=1e-6), (their["images"], name)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("micro", ["0", "16"])
+def test_every_engine_computes_the_same(folder, digits, engine, micro):
+    """As one process does on the same micro-batches, where all but the norms that are clipped by is the same sum."""
+    parts = {"0": "32", "16": "16"}[micro]
+    one = trained(folder, digits, "single", f"training.micro_batch_size={parts}", processes=1)
+    run = trained(folder, digits, engine, f"training.micro_batch_size={micro}")
+    assert_same_figures(run, one)
+    ours, expected = final(run), final(one)
+    assert ours.keys() == expected.keys()
+    for key, value in networks(expected).items():
+        assert (ours[key] - value).norm() <= 1e-5 * value.norm(), key
+    manifest = checkpoint.read_manifest(str(run), checkpoint.complete(str(run))[-1])
+    assert (manifest.engine, manifest.world) == (engine, 2)
+    assert {path.name for path in (run / "samples").iterdir()} == {f"{images:012d}.png" for images in (640, 1280)}
+    for path in (run / "samples").iterdir():
+        shown, wanted = (np.asarray(Image.open(place / "samples" / path.name), np.int16) for place in (run, one))
+        assert np.abs(shown - wanted).max() <= 1, "rounded to the next grey"
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_without_clipping_every_engine_has_the_same_bits(folder, digits, engine, precision):
+    """Clipped by norms that are summed in other orders, the last bits are others, of which bfloat16 makes more."""
+    options = (f"training.precision={precision}", "optimizer.clip=0.0")
+    one = trained(folder, digits, "single", *options, "training.micro_batch_size=32", processes=1)
+    run = trained(folder, digits, engine, *options)
+    assert_same_figures(run, one)
+    assert_same_bits(networks(final(run)), networks(final(one)))
+
+
+def test_bfloat16_is_close_to_float32_and_its_weights_are_float32(folder, digits):
+    runs = [
+        trained(
+            folder,
+            digits,
+            "single",
+            f"training.precision={precision}",
+            "optimizer.clip=0.0",
+            "training.micro_batch_size=32",
+            processes=1,
+        )
+        for precision in ("no", "bf16")
+    ]
+    assert {values.dtype for values in final(runs[1]).values()} == {torch.float32}
+    mse = [json.loads((run / "metrics.jsonl").read_text().splitlines()[-2])["reconstruction/mse"] for run in runs]
+    assert mse[1] == pytest.approx(mse[0], rel=0.02)
+    assert mse[1] != mse[0]
+
+
+MOVES = (  # engine, ranks, until so many images: each goes on from what the one before has saved
+    ("zero3", 2, 192),
+    ("single", 1, 320),
+    ("zero1", 4, 448),
+    ("fsdp2", 2, 576),
+    ("zero2", 2, 704),
+    ("ddp", 4, 832),
+    ("zero3", 4, 960),
+    ("fsdp2", 4, 1088),
+    ("zero2", 1, 1216),
+    ("ddp", 2, 1280),
+)
+
+
+def test_a_run_moves_from_engine_to_engine(folder, digits):
+    """Any continues any other on any number of ranks, as if it had never moved, at the exact sample."""
+    options = ("training.micro_batch_size=16", "training.final_rate=1.0", "evaluation.every=0", "checkpoint.every=0")
+    still = trained(folder, digits, "single", *options, processes=1)
+    run = folder / "moving"
+    for engine, processes, images in MOVES:
+        arguments = settings(run, digits, *HARD, *options, f"training.images={images}", "logging.pictures_every=0")
+        train(*arguments, processes=processes, engine=engine)
+        manifest = checkpoint.read_manifest(str(run), checkpoint.complete(str(run))[-1])
+        assert (manifest.engine, manifest.world, manifest.progress["images"]) == (engine, processes, images)
+    expected = networks(final(still))
+    for key, value in networks(final(run)).items():
+        assert (value - expected[key]).norm() <= 1e-5 * expected[key].norm(), key
+    ours, theirs = (
+        {line["images"]: line for line in map(json.loads, (place / "metrics.jsonl").read_text().splitlines())}
+        for place in (run, still)
+    )
+    for images in range(64, 1281, 64):
+        for name in ("reconstruction/mse", "latent_critic/loss", "image_critic/loss"):
+            if name in ours[images]:
+                assert ours[images][name] == pytest.approx(theirs[images][name], rel=1e-5), (images, name)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_resumed_in_the_same_engine_it_ends_with_the_same_bits(folder, digits, engine):
+    whole = trained(folder, digits, engine, "training.final_rate=1.0")
+    parts = folder / f"{engine}-in-parts"
+    for images in (448, 1280):
+        more = ("training.final_rate=1.0", f"training.images={images}")
+        train(*settings(parts, digits, *HARD, *more), processes=2, engine=engine)
+    assert_same_bits(final(parts), final(whole))
+
+
+# --- what cannot be
+
+
+@pytest.mark.parametrize(
+    ("variables", "line"),
+    [
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "FSDP_VERSION=1: only version 2 is ours; start with"),
+        ({"ACCELERATE_USE_FSDP": "true"}, "FSDP_VERSION=None: only version 2 is ours; start with"),
+        (ZERO | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "0"}, "zero_stage 0: must be 1, 2 or 3; start with `accelerate"),
+        (ZERO | {"PYTHONPATH": "without"}, "zero_stage 2: DeepSpeed is not installed; pip install 'aaae_dist"),
+    ],
+)
+def test_an_engine_that_cannot_be_is_one_line(tmp_path, digits, variables, line):
+    (tmp_path / "without").mkdir()
+    (tmp_path / "without" / "sitecustomize.py").write_text(WITHOUT)
+    more = {name: str(tmp_path / value) if name == "PYTHONPATH" else value for name, value in variables.items()}
+    done = ended(*settings(tmp_path / "run", digits), **more)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"aaae: {line}")
+    assert done.stderr.count("\n") == 1
+
+
+NOWHERE = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "line"),
+    [
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two: must be a whole number; start with `accelerate launch"),
+        ({"WORLD_SIZE": "2"}, "RANK: not set beside WORLD_SIZE=2, as a launcher sets both; start with `accelerate"),
+        ({"WORLD_SIZE": "2", "RANK": "0"}, "MASTER_ADDR: not set beside WORLD_SIZE=2, as a launcher sets both"),
+        (NOWHERE | {"RANK": "-1"}, "RANK=-1: must be a whole number"),
+        (NOWHERE, "127.0.0.1:1: 2 ranks could not meet there (The client socket has "),
+    ],
+)
+def test_ranks_that_no_launcher_brings_together_are_one_line(tmp_path, digits, variables, line):
+    done = ended(*settings(tmp_path / "run", digits, "training.patience=2"), **variables)
+    assert (done.returncode, done.stdout) == (2, "")
+    name = "aaae" if variables.get("RANK", "0") == "0" else f"aaae rank {variables['RANK']}"
+    (said,) = [text for text in done.stderr.splitlines() if text.startswith(f"{name}: ")]
+    assert said.startswith(f"{name}: {line}")
+    assert "Traceback" not in done.stderr
+
+
+def test_ranks_that_did_not_join_are_one_line(monkeypatch):
+    """As where accelerate falls back to one process without a word."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.setattr(distributed, "launched_world", lambda: 2)
+    with refused("WORLD_SIZE=2: the launcher announced as many ranks, but 1 joined; start with `accelerate launch"):
+        Engine(precision="no", accumulation=1, micro=1, clip=0.0, patience=1.0)
+
+
+def test_what_came_up_is_looked_at(digits, tmp_path, monkeypatch):
+    """Where accelerate says that it did, and wrapped nothing."""
+    trainer = trainer_for(*settings(tmp_path / "run", digits))
+    for kind, world in ((Engine, 2), (Fsdp, 1), (Zero, 1)):
+        engine = kind.__new__(kind)
+        engine.game = engine.model = trainer.game
+        monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
+        monkeypatch.setattr(distributed, "world", lambda world=world: world)
+        assert not engine.came_up()
+
+
+SLOW = """
+import time
+from aaae_dist import checkpoint
+from aaae_dist.cli import main
+publish = checkpoint.publish
+checkpoint.publish = lambda *arguments: (time.sleep(9), publish(*arguments))
+main()
+"""
+
+
+def test_a_store_that_takes_longer_than_ranks_wait_for_each_other_ends_no_run(tmp_path, digits):
+    script = tmp_path / "slow.py"
+    script.write_text(SLOW)
+    more = ("training.patience=6", "training.images=128", "checkpoint.every=0", "data.workers=0")
+    train(*settings(tmp_path / "run", digits, *more), processes=2, script=script)
+    assert [int(name) for name in checkpoint.complete(str(tmp_path / "run"))] == [128]
