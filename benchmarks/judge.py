@@ -30,13 +30,13 @@ def read(data: Data, split: str) -> tuple[Tensor, Tensor]:
     """All images of a split in [-1, 1], and their labels."""
     reader = Reader(data, split=split)
     batches = list(sweep(reader, limit=len(reader), batch_size=500, world=1, rank=0, workers=2))
-    labels = [label for batch in batches for label in batch.labels]
+    labels = [label for batch in batches for label in itertools.compress(batch.labels, batch.mask)]
     if None in labels:
         raise SystemExit(f"{data.url}: the images have no labels, so no classifier can be fitted")
-    return to_float(torch.cat([batch.images for batch in batches])), torch.tensor(labels)
+    return to_float(torch.cat([batch.images[batch.mask] for batch in batches])), torch.tensor(labels)
 
 
-def fit_classifier(images: Tensor, labels: Tensor, *, seed: int) -> nn.Sequential:
+def fit_classifier(images: Tensor, labels: Tensor, *, seed: int, steps: int = STEPS) -> nn.Sequential:
     """Convolutions down to 4 x 4 pixels, FEATURES features, logits."""
     torch.manual_seed(seed)
     channels, size = images.shape[1:3]
@@ -48,8 +48,8 @@ def fit_classifier(images: Tensor, labels: Tensor, *, seed: int) -> nn.Sequentia
     layers += [nn.Flatten(), nn.Linear(width * size * size, FEATURES), nn.ReLU()]
     model = nn.Sequential(*layers, nn.Linear(FEATURES, int(labels.max()) + 1))
     optimizer = torch.optim.AdamW(model.parameters(), 2e-3)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
-    for _ in range(STEPS):
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in range(steps):
         chosen = torch.randint(len(images), (BATCH,))
         top, left = torch.randint(3, (2,)).tolist()
         size = images.shape[2]
@@ -71,6 +71,11 @@ def apply(classifier: nn.Sequential, images: Tensor) -> tuple[Moments, Tensor]:
         moments.add(features)
         classes.append(classifier[-1](features).argmax(1))
     return moments.over_ranks(), torch.cat(classes)
+
+
+def over_trace(real: Moments, other: Moments) -> float:
+    """The Frechet distance in units of the real features' total variance."""
+    return frechet_distance(real, other) / real.covariance.trace().item()
 
 
 def main() -> None:
@@ -99,8 +104,8 @@ def main() -> None:
                 "classifier_accuracy": (guessed == truth).double().mean().item(),
                 "class_shares": [round(share, 4) for share in shares.tolist()],
                 "class_kl": (shares.xlogy(shares * len(shares))).sum().item(),
-                "frechet_over_trace": frechet_distance(real, fake) / real.covariance.trace().item(),
-                "held_out_frechet_over_trace": frechet_distance(real, floor) / real.covariance.trace().item(),
+                "frechet_over_trace": over_trace(real, fake),
+                "held_out_frechet_over_trace": over_trace(real, floor),
             }
             print(json.dumps({key: round(v, 5) if isinstance(v, float) else v for key, v in figures.items()}))
 
