@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from aaae_dist.commands import COMMANDS
-from aaae_dist.errors import UserError, one_line, speaker
+from aaae_dist.errors import UserError, one_line, speaker, tell
 from aaae_dist.failures import reason
 from aaae_dist.verbs import parser
 
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
             raise
     else:
         end(0)
-    print(f"{name}: {' '.join(mistake.splitlines())}", file=sys.stderr, flush=True)
+    tell(f"{name}: {' '.join(mistake.splitlines())}")
     end(2)
 
 

@@ -1,6 +1,7 @@
 """The one exception that a user is meant to see, and how it is told."""
 
 import os
+import sys
 
 
 class UserError(Exception):
@@ -20,3 +21,8 @@ def speaker() -> str:
     """Who tells it: every line on stderr begins with this."""
     rank = os.environ.get("RANK", "0")
     return "aaae" if rank == "0" else f"aaae rank {rank}"
+
+
+def tell(text: str) -> None:
+    """Say something on stderr, in one write: ranks share it, and would begin amid each other's lines."""
+    print(f"{text}\n", end="", file=sys.stderr, flush=True)

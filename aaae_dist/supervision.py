@@ -21,7 +21,7 @@ from typing import IO, Any
 import torch.distributed as dist
 
 from aaae_dist import distributed
-from aaae_dist.errors import UserError, one_line
+from aaae_dist.errors import UserError, one_line, tell
 from aaae_dist.stopping import StopRequest
 
 LOOK = 0.1  # seconds between two looks at a process, or for the others' words
@@ -180,5 +180,5 @@ def last_words(said: IO[bytes]) -> str:
     telling = [line for line in lines if re.match(rf"aaae|({speakers})?[\w.]+(Error|Exception|Exit)\b", line)]
     last = (telling or lines)[-1]
     if distributed.LOST_PEER not in last:
-        print(*lines[-40:], sep="\n", file=sys.stderr, flush=True)
+        tell("\n".join(lines[-40:]))
     return re.sub(f"^({speakers})", "", last)

@@ -7,7 +7,6 @@ for word of a failure: a few small requests, however many ranks there are.
 
 import math
 import os
-import sys
 import threading
 import time
 from datetime import timedelta
@@ -16,7 +15,7 @@ from types import TracebackType
 import torch.distributed as dist
 
 from aaae_dist.distributed import LOST_PEER, launched_rank, launched_world
-from aaae_dist.errors import UserError, speaker
+from aaae_dist.errors import UserError, speaker, tell
 from aaae_dist.stopping import StopRequest
 
 SIGN = 1.0  # seconds between two signs of life
@@ -121,7 +120,7 @@ class Watch:
     def bring_down(self) -> None:
         """End this process, if it does not end by itself."""
         if not self.ended.wait(GRACE):
-            print(f"{speaker()}: {self.lost_peer()}", file=sys.stderr, flush=True)
+            tell(f"{speaker()}: {self.lost_peer()}")
             os._exit(2)
 
 
