@@ -42,6 +42,9 @@ def whole(least: int, most: int = 10**12) -> Callable[[str], int]:
     return parse
 
 
+SEED = whole(0, 2**63 - 1)
+
+
 def share(text: str) -> float:
     """The type of an argument that is a share."""
     try:
