@@ -61,14 +61,16 @@ def seen_by_all(run: str, look: Callable[[], Any]) -> Any:
         UserError: another rank sees something else there; it is named.
     """
     seen, until = distributed.from_rank_0(look), time.monotonic() + LATE
-    alike = distributed.rank() == 0
-    while not alike and time.monotonic() < until:
-        alike = look() == seen
-        time.sleep(0 if alike else 0.5)
-    problem = "" if alike else f"rank {distributed.rank()} sees other files there than rank 0"
-    if problem := distributed.first(problem):
-        raise UserError(f"{run}: {problem}; put training.run where all nodes see it")
-    return seen
+    while True:  # no collective takes long, however late the disk is
+        found = distributed.gather((distributed.rank() == 0 or look() == seen, time.monotonic() > until))
+        blind = [rank for rank, (alike, _) in enumerate(found) if not alike]
+        if not blind:
+            return seen
+        if found[0][1]:  # by the clock of rank 0
+            raise UserError(
+                f"{run}: rank {blind[0]} sees other files there than rank 0; put training.run where all nodes see it"
+            )
+        time.sleep(0.5)
 
 
 def refuse_other_state(engine: Engine, manifest: Manifest) -> None:

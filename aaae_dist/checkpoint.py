@@ -5,6 +5,7 @@
         00000.json ...               what a rank has saved, for rank 0
         manifest.json                what is in which file, sizes and sha256, shapes, and the progress of the run
         COMPLETE                     written last, the manifest's sha256; a folder without it is no checkpoint
+        ASIDE                        what COMPLETE held, where training went on from an older one
 
 Whoever loads takes what overlaps with its own pieces, however these are cut. Older checkpoints go only after a new one
 is complete. Tensors are safetensors: nothing is unpickled.
@@ -12,6 +13,7 @@ is complete. Tensors are safetensors: nothing is unpickled.
 
 import hashlib
 import logging
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -32,7 +34,7 @@ from aaae_dist.randomness import signed
 
 log = logging.getLogger(__name__)
 
-COMPLETE, MANIFEST = "COMPLETE", "manifest.json"
+COMPLETE, ASIDE, MANIFEST = "COMPLETE", "ASIDE", "manifest.json"
 FILE_VALUES = 1 << 26  # of a file, 256 MB as float32: as much as whoever saves or loads holds beside its state
 
 
@@ -58,6 +60,7 @@ class Part(BaseModel):
     attempt: str
     files: dict[str, File]
     fingerprints: dict[str, int]  # of its pieces, by "state/tensor"
+    seconds: float  # that it took
 
 
 class Manifest(BaseModel):
@@ -69,6 +72,7 @@ class Manifest(BaseModel):
     world: int
     config: str  # sha256 of the run's config.toml
     sound: bool  # whether the steps shortly before were good
+    seconds: float = 0.0  # that saving took; 0: older than this field
     shapes: dict[str, list[int]]
     fingerprints: dict[str, int]  # of whole tensors, by "state/tensor"
     figures: dict[str, float]  # of the evaluation at that moment, if there was one
@@ -110,7 +114,7 @@ def save_part(place: str, pieces: Pieces, *, rank: int, attempt: str) -> None:
     Raises:
         UserError: the store fails or is full.
     """
-    files = {}
+    files, began = {}, time.monotonic()
     for number, portion in enumerate(cut(pieces, most=FILE_VALUES)):
         tensors = {
             f"{state}/{name}": values for name, piece in portion.items() for state, values in piece.values.items()
@@ -120,15 +124,20 @@ def save_part(place: str, pieces: Pieces, *, rank: int, attempt: str) -> None:
         holds = {name: (piece.start, piece.stop) for name, piece in portion.items()}
         files[file] = File(bytes=len(data), sha256=hashlib.sha256(data).hexdigest(), holds=holds)
     numbers = {name: int(number) for name, number in fingerprints(pieces).items()}
-    part = Part(attempt=attempt, files=files, fingerprints=numbers)
+    part = Part(attempt=attempt, files=files, fingerprints=numbers, seconds=time.monotonic() - began)
     storage.write_json(storage.join(place, f"{rank:05d}.json"), part.model_dump())
 
 
 def saved_part(place: str, *, rank: int, attempt: str) -> Part | None:
-    """What a rank has saved, when it is done."""
+    """What a rank has saved, when it is done; what an earlier attempt or a power cut left there is none of it."""
     url = storage.join(place, f"{rank:05d}.json")
-    part = Part.model_validate(storage.read_json(url)) if storage.exists(url) else None
-    return part if part and part.attempt == attempt else None
+    if not storage.exists(url):
+        return None
+    try:
+        part = Part.model_validate_json(storage.read(url))
+    except ValidationError:
+        return None
+    return part if part.attempt == attempt else None
 
 
 def publish(place: str, manifest: Manifest, parts: Sequence[Part]) -> None:
@@ -142,7 +151,8 @@ def publish(place: str, manifest: Manifest, parts: Sequence[Part]) -> None:
         numbers.update(part.fingerprints)
     files = {file: about for part in parts for file, about in part.files.items()}
     sums = {name: signed(number) for name, number in numbers.items()}
-    manifest = manifest.model_copy(update={"files": files, "fingerprints": sums})
+    seconds = max(part.seconds for part in parts)
+    manifest = manifest.model_copy(update={"files": files, "fingerprints": sums, "seconds": seconds})
     kept = {*manifest.files, *(f"{rank:05d}.json" for rank in range(manifest.world))}
     for stray in storage.listing(place).keys() - kept:
         storage.remove(storage.join(place, stray))
@@ -214,7 +224,7 @@ def read_manifest(run: str, name: str) -> Manifest:
 def restore(
     run: str, names: Sequence[str], pieces: Pieces, *, agree: Callable[[str], str] = str
 ) -> tuple[str, Manifest] | None:
-    """Fill pieces from the newest undamaged one of these checkpoints; damaged ones are named in the log, and stay.
+    """Fill pieces from the newest undamaged one of these checkpoints; damaged ones are named in the log.
 
     Args:
         agree: makes of what is wrong on this rank (nothing: "") what is wrong on any.
@@ -314,11 +324,16 @@ def damage(run: str, name: str) -> Iterator[str]:
             yield str(error)
 
 
-def discard_after(run: str, name: str) -> None:
-    """Take the marker from the checkpoints after this one, which training goes on from: they will be saved anew."""
+def set_aside_after(run: str, name: str) -> None:
+    """Set aside the checkpoints after this one, which training goes on from: they will be saved anew.
+
+    Until then, whoever has mended one can make its ASIDE a COMPLETE again.
+    """
     for later in reversed(complete(run)):  # newest first: killed amid this, it goes on from the last that is left
         if later > name:
-            storage.remove(storage.join(folder(run), later, COMPLETE))
+            place = storage.join(folder(run), later)
+            storage.write(storage.join(place, ASIDE), storage.read(storage.join(place, COMPLETE)))
+            storage.remove(storage.join(place, COMPLETE))
 
 
 def read_run_config(run: str) -> Config:
@@ -347,9 +362,17 @@ def load_average(run: str, *, name: str = "") -> tuple[GenerativeAutoencoder, Co
     if name:
         load(run, name, read_manifest(run, name), pieces)
         return model, config, name
-    if (found := restore(run, names, pieces)) is None:
-        raise UserError(
-            f"{run}: no complete checkpoint yet; train it first, or wait for checkpoint.every = "
-            f"{config.checkpoint.every} images"
-        )
-    return model, config, found[0]
+    while names:
+        try:
+            found = restore(run, names, pieces)
+            assert found
+            return model, config, found[0]
+        except UserError:
+            there = complete(run)
+            if there[-1:] == names[-1:]:
+                raise
+            names = there  # a training removed them meanwhile, and saved others
+    raise UserError(
+        f"{run}: no complete checkpoint yet; train it first, or wait for checkpoint.every = "
+        f"{config.checkpoint.every} images"
+    )

@@ -144,7 +144,8 @@ def checkpoint_list(arguments: argparse.Namespace) -> None:
         try:
             about = checkpoint.read_manifest(arguments.run, name)
         except checkpoint.DamagedError as error:
-            log.warning("checkpoint %s: %s", name, error)
+            if name in checkpoint.complete(arguments.run):  # else a training removed it meanwhile
+                log.warning("checkpoint %s: %s", name, error)
             continue
         images, size = about.progress["images"], sum(file.bytes for file in about.files.values())
         if arguments.json:

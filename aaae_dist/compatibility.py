@@ -1,11 +1,11 @@
 """Whether settings fit the ranks, and the run that is there already."""
 
-from aaae_dist import checkpoint
+from aaae_dist import checkpoint, distributed
 from aaae_dist.checkpoint import read_run_config
 from aaae_dist.config import Config
 from aaae_dist.errors import UserError
 
-# Settings that may differ when a run goes on: they say how much and how often, not what is trained.
+# Settings and sections that may differ when a run goes on: they say how much and how often, not what is trained.
 MAY_CHANGE = (
     "logging.",
     "evaluation.",
@@ -14,7 +14,8 @@ MAY_CHANGE = (
     "tracking.",
     "data.url",  # a data set may move; its fingerprint is compared
     "data.workers",
-    "data.cache",  # and data.cache_gb
+    "data.cache",
+    "data.cache_gb",
     "data.patience",
     "data.bad_share",
     "training.images",
@@ -58,13 +59,29 @@ def micro_batch_size(config: Config, world: int) -> int:
     return micro
 
 
+def refuse_other_ranks(config: Config, run: str) -> None:
+    """Compare the settings of all ranks, which may come from files of their nodes. All ranks must call it.
+
+    Raises:
+        UserError: they differ; the setting is named. Only the place of the cache may.
+    """
+    ranks = distributed.gather(config.flat())
+    for rank, settings in enumerate(ranks):
+        for key, value in ranks[0].items():
+            if settings[key] != value and key != "data.cache":
+                raise UserError(
+                    f"{key} {settings[key]!r} on rank {rank}: rank 0 of {run} has {value!r}; give all nodes the same "
+                    "configuration"
+                )
+
+
 def refuse_changes(config: Config, run: str) -> None:
     """Raise a UserError if the run's folder holds checkpoints of other settings."""
     if not checkpoint.complete(run):
         return
     old, new = read_run_config(run).flat(), config.flat()
     for key, value in new.items():
-        if old.get(key) != value and not key.startswith(MAY_CHANGE):
+        if old.get(key) != value and not {key, f"{key.partition('.')[0]}."} & set(MAY_CHANGE):
             raise UserError(
                 f"{key} {value!r}: the run in {run} was begun with {old.get(key)!r}; set it back, or choose another "
                 "training.run"

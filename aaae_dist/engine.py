@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, InitProcessGroupKwargs
+from accelerate.utils import DistributedType, GradientAccumulationPlugin, InitProcessGroupKwargs
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -77,19 +77,29 @@ class Engine:
         return Accelerator(
             cpu=self.on_cpu,
             mixed_precision=self.precision,
-            gradient_accumulation_steps=self.accumulation,
+            gradient_accumulation_plugin=self.accumulated(),
             kwargs_handlers=[InitProcessGroupKwargs(timeout=self.timeout)],
             **more,
         )
+
+    def accumulated(self) -> GradientAccumulationPlugin:
+        """The micro-batches of a step; told as a number, they would give way to a variable of the launcher's."""
+        return GradientAccumulationPlugin(num_steps=self.accumulation, sync_with_dataloader=False)
 
     def take(self, game: GenerativeAutoencoder, optimizer: Adam) -> None:
         """Prepare a game and its optimizer, which begins anew.
 
         Raises:
             UserError: accelerate made something else of them.
+            ValueError: the game has a state that is neither a parameter nor the codes' moments, or parameters under
+                two names, and so more than a checkpoint would hold.
         """
         self.shapes = {name: list(weight.shape) for name, weight in game.named_parameters()}
         self.shapes["moments"] = list(game.moments.shape)
+        if others := game.state_dict().keys() ^ self.shapes.keys():
+            raise ValueError(
+                f"{min(others)}: would be in no checkpoint; networks have parameters, each under one name, no buffers"
+            )
         self.adam = optimizer
         self.model, self.stepper = self.wrap(game.to(self.device))
         self.game: GenerativeAutoencoder = getattr(self.model, "module", self.model)
@@ -127,10 +137,13 @@ class Engine:
         groups = [[weight.grad for weight in group["params"]] for group in self.adam.param_groups]
         return [[local(gradient) for gradient in group if gradient is not None] for group in groups]
 
-    def norms(self) -> Float[Tensor, " network"]:
-        """Of the gradient of every network. All ranks must call it."""
+    def squared_norms(self) -> Float[Tensor, " network"]:
+        """What this rank adds to the squared norm of the gradient of every network; what all have, rank 0 adds.
+
+        (So that all clip and judge by the same numbers, whatever their devices make of the last bits.)
+        """
         norms = torch.stack([torch.nn.utils.get_total_norm(gradient) for gradient in self.gradients()])
-        return distributed.sum_over_ranks(norms.square()).sqrt() if self.divided else norms
+        return norms.square() if self.divided or distributed.rank() == 0 else torch.zeros_like(norms)
 
     def step(self, norms: Sequence[float]) -> None:
         """Step all networks.

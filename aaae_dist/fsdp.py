@@ -53,5 +53,4 @@ class Fsdp(Engine):
     def span(self, weight: Any) -> tuple[int, dict[str, Tensor]]:
         """Rows, dealt out as torch.chunk does it."""
         most = -(-len(weight) // distributed.world())
-        first = min(most * distributed.rank(), len(weight))
-        return first * weight.shape[1:].numel(), super().span(weight)[1]
+        return most * distributed.rank() * weight.shape[1:].numel(), super().span(weight)[1]

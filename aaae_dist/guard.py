@@ -29,7 +29,7 @@ class Guard:
     def __init__(self, settings: Settings) -> None:
         """Nothing has been seen."""
         self.settings = settings
-        self.usual: list[list[float]] = []  # logarithms of the figures of the last good steps, oldest first
+        self.usual = np.zeros((0, 0))  # logarithms of the figures of the last good steps, a row a step, oldest first
         self.bad: list[bool] = []  # of the last steps, good or not
         self.skipped, self.complaint = 0, ""  # on the way here; about the last bad one
         self.condemned = False
@@ -47,25 +47,26 @@ class Guard:
         found = next((name for name, odd in zip(figures, far, strict=True) if odd), "")
         self.bad = [*self.bad[1 - WINDOW :], bool(found)]
         if not found:
-            self.usual = [*self.usual[1 - WINDOW :], logs.tolist()]
+            self.usual = np.concatenate([self.usual.reshape(-1, len(logs))[1 - WINDOW :], logs[None]])
             return ""
         self.skipped += 1
         self.complaint = f"{found} is not finite"
         if math.isfinite(figures[found]):
             column = list(figures).index(found)
-            usual = math.exp(np.median([step[column] for step in self.usual]))
+            usual = math.exp(np.median(self.usual[:, column]))
             self.complaint = f"{found} is {figures[found]:.3g}, {usual:.3g} is usual"
         return self.complaint
 
     def far(self, logs: np.ndarray) -> np.ndarray:
         """Which of a step's figures are far above the usual."""
-        usual = np.array(self.usual)
-        if len(usual) < FEWEST or not self.settings.deviations or (logs <= usual.max(0)).all():
+        if len(self.usual) < FEWEST or not self.settings.deviations:
             return np.zeros(len(logs), bool)
-        median = np.median(usual, axis=0)
-        deviation = 1.4826 * np.median(np.abs(usual - median), axis=0)
-        far = logs > median + self.settings.deviations * np.maximum(deviation, LEAST)
-        return far & (median > math.log(NOTHING))
+        median = middle(self.usual)
+        far = (logs > median + self.settings.deviations * LEAST) & (median > math.log(NOTHING))
+        if far.any():
+            deviation = 1.4826 * middle(np.abs(self.usual - median))
+            far &= logs > median + self.settings.deviations * deviation
+        return far
 
     def forgive(self) -> None:
         """Forget the bad steps."""
@@ -86,11 +87,17 @@ class Guard:
         return not any(self.bad[-NEAR:])
 
     def state_dict(self) -> dict[str, Any]:
-        return {"usual": self.usual, "bad": self.bad, "skipped": self.skipped, "complaint": self.complaint}
+        return {"usual": self.usual.tolist(), "bad": self.bad, "skipped": self.skipped, "complaint": self.complaint}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.usual, self.bad = state["usual"], state["bad"]
+        self.usual, self.bad = np.array(state["usual"]), state["bad"]
         self.skipped, self.complaint, self.condemned = state["skipped"], state["complaint"], False
+
+
+def middle(rows: np.ndarray) -> np.ndarray:
+    """The median of every column: numpy's takes four times as long, and small networks' steps take 3 ms."""
+    ordered, count = np.sort(rows, axis=0), len(rows)
+    return (ordered[(count - 1) // 2] + ordered[count // 2]) / 2
 
 
 # --- going back

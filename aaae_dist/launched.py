@@ -17,12 +17,34 @@ checked.
 import os
 
 from aaae_dist.engine import Engine
+from aaae_dist.errors import UserError
 from aaae_dist.fsdp import Fsdp
 from aaae_dist.zero import Zero, ZeroThree
 
+OFFLOADED = "nothing is moved to the host here; leave it out, or take an engine that divides more among the ranks"
+DEEPSPEEDS = "the engine chooses DeepSpeed's settings; leave it out"
+# What accelerate's launcher can ask for beside the engine, and we would not do: the variable, and what to do instead.
+NOT_OURS = {
+    "ACCELERATE_DYNAMO_BACKEND": "compiled as a whole, the game has wrong losses; set training.compile instead",
+    "ACCELERATE_GRADIENT_CLIPPING": "set optimizer.clip instead, which holds for each network",
+    "ACCELERATE_DEEPSPEED_CONFIG_FILE": DEEPSPEEDS,
+    "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": OFFLOADED,
+    "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": OFFLOADED,
+    "FSDP_ACTIVATION_CHECKPOINTING": "set training.activation_checkpointing instead",
+    "FSDP_OFFLOAD_PARAMS": OFFLOADED,
+}
+NOTHING = ("", "no", "none", "false")  # what they say where they ask for nothing
+
 
 def launched_engine() -> type[Engine]:
-    """The engine that the launcher asked for."""
+    """The engine that the launcher asked for.
+
+    Raises:
+        UserError: it asked for what no engine of ours does.
+    """
+    for name, remedy in NOT_OURS.items():
+        if (value := os.environ.get(name, "")).lower() not in NOTHING:
+            raise UserError(f"{name}={value}, an option of accelerate's launcher: {remedy}")
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         return ZeroThree if os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3" else Zero
     return Fsdp if os.environ.get("ACCELERATE_USE_FSDP") == "true" else Engine

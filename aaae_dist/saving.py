@@ -14,6 +14,7 @@ from aaae_dist.errors import UserError
 from aaae_dist.pieces import Piece, Pieces
 
 LOOK = 0.1  # seconds between two looks whether another rank is done
+SLOW = 50e6  # bytes per second that a store takes, where nothing was saved yet
 
 
 class Saver:
@@ -28,8 +29,10 @@ class Saver:
         """
         self.run, self.settings, self.rank, self.attempt = run, settings, rank, attempt
         self.began = time.monotonic()  # the one under way, or the last one
+        self.guess = 0.0  # seconds that one takes, before any was saved
+        self.took = 0.0  # seconds, the last one, or the one that the run goes on from; 0: not known yet
         self.copies: dict[str, Tensor] = {}  # on the host; used again, as fresh memory costs more than copying to it
-        self.name = ""
+        self.name, self.published = "", False
         self.threads: list[threading.Thread] = []  # one that saves this rank's part; on rank 0 another that publishes
         self.failure: BaseException | None = None
         self.given_up = threading.Event()
@@ -40,7 +43,7 @@ class Saver:
         Args:
             manifest: of rank 0, without what the parts will tell.
         """
-        self.name, self.began = name, time.monotonic()
+        self.name, self.began, self.published = name, time.monotonic(), False
         held = {tensor: self.copy(tensor, piece) for tensor, piece in pieces.items()}
         if torch.cuda.is_available():
             torch.cuda.synchronize()
@@ -52,6 +55,7 @@ class Saver:
         """Take the memory for copies of these pieces now: taken at the first save, it would hold that."""
         for tensor, piece in pieces.items():
             self.copy(tensor, piece)
+        self.guess = sum(copy.nbytes for copy in self.copies.values()) / SLOW
 
     @property
     def place(self) -> str:
@@ -66,6 +70,10 @@ class Saver:
                 self.copies[key] = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
             copied[state] = self.copies[key].copy_(values, non_blocking=True)
         return piece._replace(values=copied)
+
+    def expected(self) -> float:
+        """Seconds that a save takes: as the last one, or a guess."""
+        return self.took or self.guess
 
     def start(self, work: Callable[[], None]) -> None:
         def guarded() -> None:
@@ -86,6 +94,7 @@ class Saver:
             elif self.given_up.wait(LOOK):
                 return
         checkpoint.publish(self.place, manifest, parts)
+        self.published, self.took = True, time.monotonic() - self.began
         chosen = self.settings
         checkpoint.prune(self.run, keep=chosen.keep, keep_every=chosen.keep_every, best=chosen.best)
 
@@ -100,7 +109,8 @@ class Saver:
             raise self.failure
         if self.failure is None:
             return ""
-        return f"the checkpoint after {int(self.name):,} images could not be saved: {self.failure}"
+        what = "is there, but older ones could not be removed" if self.published else "could not be saved"
+        return f"the checkpoint after {int(self.name):,} images {what}: {self.failure}"
 
     def wait(self, seconds: float) -> bool:
         """Whether the checkpoint is there, as far as this rank sees to it; waits for so long at most."""

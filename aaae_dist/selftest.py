@@ -225,7 +225,7 @@ class Selftest:
     def forget_the_end(self) -> int:
         """Where a machine was quick, checkpoints at the end and after it are none; images of the newest before that."""
         newest = max(name for name in checkpoint.complete(self.killed) if name < self.end)
-        checkpoint.discard_after(self.killed, newest)
+        checkpoint.set_aside_after(self.killed, newest)
         return int(newest)
 
     def is_one_rank_as_many(self) -> tuple[bool, str]:

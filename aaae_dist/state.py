@@ -37,8 +37,8 @@ class State:
         # Whoever removed all checkpoints begins anew.
         self.rollbacks = distributed.from_rank_0(lambda: read_rollbacks(self.run) if self.found else [])
         self.stream = self.open_stream()
-        self.resume(self.found)
         self.saver = Saver(self.run, config.checkpoint, rank=distributed.rank(), attempt=self.new_attempt())
+        self.resume(self.found)
         self.saver.reserve(self.engine.to_save())
 
     @property
@@ -131,6 +131,7 @@ class State:
         self.guard.load_state_dict(progress["guard"])
         if stream["order"]["seed"] != self.seed:  # it goes back, or has just done so: with a new budget of bad steps
             self.guard.forgive()
+        self.saver.took = manifest.seconds
         self.engine.adam.count(self.steps)
         self.engine.refresh()
         refuse_other_state(self.engine, manifest)
@@ -171,8 +172,8 @@ class State:
         return sorted(found, key=lambda name: (name in recent, int(name) not in tried, name))
 
     def forget_later(self) -> None:
-        """Unmake the checkpoints after the one that it goes on from: they will be saved anew."""
+        """Set aside the checkpoints after the one that it goes on from: they will be saved anew."""
         if distributed.rank() == 0 and self.origin:
-            checkpoint.discard_after(self.run, self.origin)
+            checkpoint.set_aside_after(self.run, self.origin)
         elif distributed.rank() == 0:
             storage.remove(storage.join(self.run, ROLLBACKS))

@@ -29,8 +29,8 @@ GRACE = 5.0  # seconds that the other ranks get to end by themselves when one ha
 LIMIT = 600.0  # seconds that a training may take, its start included
 NEAR = 60.0  # seconds that ranks wait for one that has nothing to do but to come
 
-OF_ENGINES = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP")
 OF_RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+OF_LAUNCHERS = ("ACCELERATE_", "FSDP_", "TORCHELASTIC_")  # how variables begin that tell of engines
 
 
 class EndedError(Exception):
@@ -167,8 +167,8 @@ def environment(port: int, *, alone: bool) -> dict[str, str]:
     """
     there = os.environ | {"NVIDIA_TF32_OVERRIDE": "0"}
     if alone:
-        dropped = (*OF_RANKS, *OF_ENGINES)
-        return {name: value for name, value in there.items() if name not in dropped and "TORCHELASTIC" not in name}
+        kept = there.keys() - OF_RANKS
+        return {name: there[name] for name in kept if not name.startswith(OF_LAUNCHERS)}
     return there | {"MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"} if port else there
 
 

@@ -262,7 +262,9 @@ class Tracker:
         storage.write(storage.join(run, "config.toml"), config.toml().encode())
         place = storage.join(run, "about.json")
         training = training_of(run) or secrets.token_hex(8)
-        self.about = {"training": training, "run": harmless(run), "status": "RUNNING"} | describe_code()
+        self.attempt = secrets.token_hex(8)  # tells it from a training that begins in the same folder at the same time
+        self.about = {"training": training, "attempt": self.attempt, "run": harmless(run), "status": "RUNNING"}
+        self.about |= describe_code()
         storage.write_json(place, self.about)
         self.journal = Journal(run, images=images)
         self.news, self.parting, self.delivered = threading.Event(), threading.Event(), not config.tracking.mlflow
@@ -289,9 +291,22 @@ class Tracker:
         self.news.set()
 
     def flush(self) -> None:
-        """Have every line where no kill can reach it, before a checkpoint says that it was written."""
+        """Have every line where no kill can reach it, before a checkpoint says that it was written.
+
+        Raises:
+            UserError: the store fails, or another training has begun there since: on a disk a lock keeps that away, in
+                an object store nothing does.
+        """
+        self.refuse_another()
         if not storage.is_local(self.run):  # there it is as soon as it is written
             self.journal.upload()
+
+    def refuse_another(self) -> None:
+        if read_about(self.run).get("attempt") != self.attempt:
+            raise UserError(
+                f"{self.run}: another training has begun there since this one did; end one of the two, or give them "
+                "different places in training.run"
+            )
 
     def keep_delivering(self) -> None:
         """The background thread: deliver whenever there is news; when MLflow fails, say so once and try again later."""

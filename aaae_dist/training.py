@@ -13,7 +13,7 @@ from aaae_dist.aaae import GenerativeAutoencoder
 from aaae_dist.agreement import refuse_drift, seen_by_all
 from aaae_dist.augmentation import augment
 from aaae_dist.baselines import METHODS
-from aaae_dist.compatibility import micro_batch_size, refuse_changes
+from aaae_dist.compatibility import micro_batch_size, refuse_changes, refuse_other_ranks
 from aaae_dist.config import Config
 from aaae_dist.data import Batch, sweep, to_float
 from aaae_dist.errors import UserError
@@ -23,6 +23,7 @@ from aaae_dist.inference import overview
 from aaae_dist.interval import Interval, slow_data
 from aaae_dist.launched import launched_engine
 from aaae_dist.optimizer import Adam
+from aaae_dist.preemption import complain_of_grace, job_is_ending, leave_word
 from aaae_dist.progress import Progress
 from aaae_dist.quarantine import Quarantine
 from aaae_dist.randomness import sample_keys
@@ -71,6 +72,7 @@ class Trainer:
             clip=config.optimizer.clip,
             patience=training.patience,
         )
+        refuse_other_ranks(config, self.run)
         settle_execution(game, training, engine=self.engine)
         self.engine.take(game, self.optimizer)
         self.game, self.device = self.engine.game, self.engine.device
@@ -107,7 +109,10 @@ class Trainer:
             raise UserError(f"{self.run}: another training saved there in the meantime; give the same command again")
         if self.state.origin:
             log.info("%s goes on from %s images", self.run, f"{self.state.images:,}")
+            if complaint := complain_of_grace(self.state.saver.took):
+                log.warning(complaint)
         self.state.forget_later()
+        began_at = self.state.images
         self.tracker = Tracker(self.run, self.config, images=self.state.images) if main else NoTracker()
         self.progress = Progress(self.config.training.images, self.state.images, visible=main)
         try:
@@ -136,6 +141,8 @@ class Trainer:
                     f"{self.state.images:,}",
                     f"{config.training.images:,}",
                 )
+                if main:
+                    leave_word(gained=self.state.images > began_at)
         except BaseException as error:
             if not distributed.lost_peer(error):  # of which the other ranks know better, or as little
                 self.stop.fail(error)  # they hear of it while this one puts its affairs in order
@@ -195,14 +202,19 @@ class Trainer:
             moments += torch.stack([codes.mean(0), codes.square().mean(0)])
             turns.append(turn._replace(loss=turn.loss.detach()))
 
-        # One small all-reduce: the codes' moments, the loss, wishes to stop and to save, and a save that failed.
+        # One small all-reduce: the codes' moments, the loss, wishes to stop and to save, a save that failed, the norms.
         loss = torch.stack([turn.loss for turn in turns]).sum().to(moments.dtype)
         means = torch.cat([moments.flatten(), loss.view(1)]) / (self.accumulation * distributed.world())
-        wishes = [self.stop.signal is not None, self.state.saver.is_due(), self.state.saver.problem() != ""]
-        told = distributed.sum_over_ranks(torch.cat([means, means.new_tensor(wishes)]))
-        norms = self.engine.norms()
+        saver = self.state.saver
+        ending = distributed.rank() == 0 and job_is_ending(saver.expected())  # one rank decides: clocks differ
+        if ending and not self.stopping:
+            log.info("the job ends soon, and saving takes %.0f s: the run stops here", saver.expected())
+        wishes = [self.stop.signal is not None or ending, saver.is_due(), saver.problem() != ""]
+        squares = self.engine.squared_norms().to(means)
+        told = distributed.sum_over_ranks(torch.cat([means, means.new_tensor(wishes), squares]))
+        norms = told[-len(squares) :].sqrt_()
         # Here, and only here, the host waits for the device.
-        loss, stop, due, failed, *lengths = torch.cat([told[moments.numel() :], norms.to(told)]).tolist()
+        loss, stop, due, failed, *lengths = told[moments.numel() :].tolist()
         self.stopping, self.saving_is_due = self.stopping or stop > 0, self.saving_is_due or due > 0
         if stop:  # for all ranks: the launcher's store may end before them
             self.stop.signal = self.stop.signal or signal.SIGTERM

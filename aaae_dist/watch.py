@@ -19,6 +19,7 @@ from aaae_dist.errors import UserError, speaker, tell
 from aaae_dist.stopping import StopRequest
 
 SIGN = 1.0  # seconds between two signs of life
+AWAY = 5 * SIGN  # seconds after which this rank, not the next, was not there: stopped, as all are by a suspended job
 GRACE = 6.0  # seconds that a rank gets to end in order when another has failed
 FAILED, LEFT = "failed", b"left"
 
@@ -89,12 +90,16 @@ class Watch:
         try:
             self.give_and_take(store)
         except dist.DistError:
-            return self.ended.wait(SIGN)
+            return self.ended.wait(SIGN) and not self.stop.failure  # which the others have not been told yet
         return True
 
     def give_and_take(self, store: dist.Store) -> None:
         seen, since, most = b"", time.monotonic(), self.patience
+        looked = since
         while not (self.ended.is_set() or self.stop.failure):
+            if time.monotonic() - looked > AWAY:
+                since = time.monotonic()
+            looked = time.monotonic()
             store.set(self.rank, f"{time.monotonic()} {self.most}")
             sign = store.get(self.next) if store.check([self.next]) else b""
             if sign != seen:

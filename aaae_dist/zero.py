@@ -62,7 +62,8 @@ class Zero(Engine):
             },
         }
         return Accelerator(
-            gradient_accumulation_steps=self.accumulation,
+            gradient_accumulation_plugin=self.accumulated(),
+            mixed_precision="no",  # the settings above see to it, whatever the launcher says
             deepspeed_plugin=Plugin(hf_ds_config=settings),
             kwargs_handlers=[group],
             **more,

@@ -7,7 +7,7 @@ from test_training import trainer_for
 from training_runs import ended, settings
 
 from aaae_dist import checkpoint, distributed
-from aaae_dist.agreement import differing, refuse_other_state
+from aaae_dist.agreement import differing, refuse_other_state, seen_by_all
 
 CORRUPTED = """
 import torch
@@ -63,6 +63,17 @@ def test_who_differs_is_in_the_minority():
     assert differing([same, same | {"weight/b": 3}, same]) == ("weight/b", [1])
     assert differing([same | {"weight/a": 9, "weight/b": 3}, same, same]) == ("weight/a", [0])
     assert differing([same, same | {"weight/a": 3}]) == ("weight/a", [0, 1])
+
+
+def test_a_rank_that_sees_late_is_waited_for(monkeypatch):
+    """As NFS hides new files for a while."""
+    looks = iter([[], [], ["000000000064"]])
+    monkeypatch.setattr(distributed, "rank", lambda: 1)
+    monkeypatch.setattr(distributed, "from_rank_0", lambda look: ["000000000064"])
+    monkeypatch.setattr(distributed, "gather", lambda value: [(True, False), value])
+    monkeypatch.setattr("aaae_dist.agreement.time.sleep", lambda seconds: None)
+    assert seen_by_all("runs/x", lambda: next(looks)) == ["000000000064"]
+    assert next(looks, "no more") == "no more"
 
 
 def test_another_state_than_was_saved_is_a_defect(tmp_path: Path, digits: str):

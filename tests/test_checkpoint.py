@@ -128,6 +128,16 @@ def test_what_an_earlier_attempt_left_is_no_part_and_goes(run):
     assert not any(name.startswith("00002") for name in storage.listing(place))
 
 
+@pytest.mark.parametrize("left", [b"", b"{}", b'{"attemqt": "x"}', bytes(40)])
+def test_what_a_power_cut_left_of_a_part_is_none(run, left):
+    """It lies where a checkpoint is saved anew, until that part is there."""
+    place = storage.join(checkpoint.folder(run), checkpoint.name_of(64))
+    storage.write(storage.join(place, "00000.json"), left)
+    assert checkpoint.saved_part(place, rank=0, attempt="x") is None
+    save(run, 64)
+    assert newest(run) == f"{64:012d}"
+
+
 def test_a_run_without_checkpoints_begins_anew(run):
     assert restored(run) is None
 
@@ -137,6 +147,37 @@ def test_the_newest_are_kept(run):
         save(run, images)
     assert checkpoint.complete(run) == ["000000000300", "000000000400"]
     assert list(storage.listing(checkpoint.folder(run))) == ["000000000300", "000000000400"]
+
+
+def test_one_that_is_half_removed_is_no_checkpoint(run, monkeypatch):
+    for images in (100, 200, 300):
+        save(run, images, keep=9)
+    gone, remove = [], storage.remove
+
+    def note(url: str) -> None:
+        gone.append(url.removeprefix(checkpoint.folder(run)))
+        remove(url)
+
+    monkeypatch.setattr(storage, "remove", note)
+    checkpoint.prune(run, keep=2)
+    assert gone == [f"/{100:012d}/COMPLETE", f"/{100:012d}"]
+
+
+def test_one_that_was_set_aside_can_be_brought_back_until_it_is_saved_anew(run):
+    for images in (100, 200, 300):
+        save(run, images, keep=9)
+    place = storage.join(checkpoint.folder(run), f"{300:012d}")
+    lost = storage.read(storage.join(place, FIRST))
+    storage.remove(storage.join(place, FIRST))
+    assert newest(run) == f"{200:012d}"
+    checkpoint.set_aside_after(run, f"{200:012d}")
+    assert checkpoint.complete(run) == [f"{100:012d}", f"{200:012d}"]
+    storage.write(storage.join(place, FIRST), lost)
+    storage.write(storage.join(place, "COMPLETE"), storage.read(storage.join(place, "ASIDE")))
+    assert list(checkpoint.verify(run)) == []
+    assert newest(run) == f"{300:012d}"
+    save(run, 300, keep=9)
+    assert "ASIDE" not in storage.listing(place)
 
 
 def test_milestones_and_the_best_are_kept_besides(run):

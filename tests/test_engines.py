@@ -1,6 +1,8 @@
 """One model under every engine, each started as its user starts it: the same numbers, and one checkpoint."""
 
 import json
+import subprocess
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +11,20 @@ import torch
 from accelerate.state import AcceleratorState
 from conftest import refused
 from PIL import Image
+from servers import free_port
 from test_training import trainer_for
-from training_runs import ENGINES, assert_same_bits, ended, final, networks, settings, train
+from training_runs import (
+    ENGINES,
+    ROOT,
+    assert_same_bits,
+    command,
+    ended,
+    environment,
+    final,
+    networks,
+    settings,
+    train,
+)
 
 from aaae_dist import checkpoint, distributed
 from aaae_dist.engine import Engine
@@ -23,7 +37,10 @@ import importlib.util
 found = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *more: None if name == "deepspeed" else found(name, *more)
 """
-HARD = (  # all that could tell engines apart: what is clipped, averaged, scheduled, penalised, judged, drawn
+# All that could tell engines apart: what is clipped, averaged, scheduled, penalised, judged, drawn; and matrices that
+# ZeRO-3 divides between steps too (of 100,000 values or more: smaller ones stay whole on every rank).
+HARD = (
+    "model.latent_width=320",
     "optimizer.encoder.lr=3e-3",
     "optimizer.clip=0.3",
     "training.warmup=300",
@@ -79,6 +96,15 @@ def test_every_engine_computes_the_same(folder, digits, engine, micro):
     for path in (run / "samples").iterdir():
         shown, wanted = (np.asarray(Image.open(place / "samples" / path.name), np.int16) for place in (run, one))
         assert np.abs(shown - wanted).max() <= 1, "rounded to the next grey"
+
+
+def test_no_variable_of_a_launcher_changes_the_micro_batches(folder, digits):
+    """Accelerate would take its word before ours, and train something else without one."""
+    micro = "training.micro_batch_size=16"
+    for name, value in (("four", "4"), ("one", "1")):
+        run = folder / f"accumulation-of-{name}"
+        train(*settings(run, digits, *HARD, micro), processes=2, ACCELERATE_GRADIENT_ACCUMULATION_STEPS=value)
+        assert_same_bits(final(run), final(trained(folder, digits, "ddp", micro)))
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -167,6 +193,10 @@ def test_resumed_in_the_same_engine_it_ends_with_the_same_bits(folder, digits, e
         ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "FSDP_VERSION=1: only version 2 is ours; start with"),
         ({"ACCELERATE_USE_FSDP": "true"}, "FSDP_VERSION=None: only version 2 is ours; start with"),
         (ZERO | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "0"}, "zero_stage 0: must be 1, 2 or 3; start with `accelerate"),
+        ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "ACCELERATE_DYNAMO_BACKEND=INDUCTOR, an option of accelerate's"),
+        (ZERO | {"ACCELERATE_GRADIENT_CLIPPING": "0.5"}, "ACCELERATE_GRADIENT_CLIPPING=0.5, an option of accelerate's"),
+        ({"FSDP_ACTIVATION_CHECKPOINTING": "true"}, "FSDP_ACTIVATION_CHECKPOINTING=true, an option of accelerate's"),
+        ({"FSDP_OFFLOAD_PARAMS": "true"}, "FSDP_OFFLOAD_PARAMS=true, an option of accelerate's launcher: nothing is"),
         (ZERO | {"PYTHONPATH": "without"}, "zero_stage 2: DeepSpeed is not installed; pip install 'aaae_dist"),
     ],
 )
@@ -178,6 +208,40 @@ def test_an_engine_that_cannot_be_is_one_line(tmp_path, digits, variables, line)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(f"aaae: {line}")
     assert done.stderr.count("\n") == 1
+
+
+def test_two_machines_are_one_world(tmp_path, digits):
+    """The README's line on each; DeepSpeed's own launcher would let each train alone, in the same folder."""
+    line = command(*settings(tmp_path / "run", digits, "data.workers=0"), engine="zero2", processes=2)
+    meeting = ["--num_machines", "2", "--main_process_ip", "127.0.0.1", "--main_process_port", str(free_port())]
+    launch, what = line[: line.index("--main_process_port")], line[line.index("-m", 3) :]
+    with ExitStack() as stack:
+        machines = []
+        for rank in ("0", "1"):
+            there = [*launch, *meeting, "--machine_rank", rank, *what]
+            options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
+            machines.append(stack.enter_context(subprocess.Popen(there, env=environment(), **options)))
+            stack.callback(machines[-1].kill)
+        said = [machine.communicate(timeout=200)[1] for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], said
+    manifest = checkpoint.read_manifest(str(tmp_path / "run"), checkpoint.complete(str(tmp_path / "run"))[-1])
+    assert (manifest.engine, manifest.world) == ("zero2", 2)
+
+
+@pytest.mark.parametrize("engine", ["ddp", "zero2"])
+def test_ranks_with_other_settings_are_refused(tmp_path, digits, engine):
+    """As of a node with an older file: they would train something else without a word."""
+    script = tmp_path / "older.py"
+    script.write_text(
+        "import os, sys\nfrom aaae_dist.cli import main\n"
+        "sys.argv += ['optimizer.encoder.lr=3e-3'] if os.environ['RANK'] == '1' else ['data.cache=elsewhere']\nmain()"
+    )
+    done = ended(*settings(tmp_path / "run", digits), processes=2, engine=engine, script=script)
+    assert done.returncode == 1  # the launcher's
+    line = (
+        f"aaae: optimizer.encoder.lr 0.003 on rank 1: rank 0 of {tmp_path / 'run'} has 0.001; give all nodes the same"
+    )
+    assert any(said.startswith(line) for said in done.stderr.splitlines()), done.stderr
 
 
 NOWHERE = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
@@ -219,6 +283,19 @@ def test_what_came_up_is_looked_at(digits, tmp_path, monkeypatch):
         monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
         monkeypatch.setattr(distributed, "world", lambda world=world: world)
         assert not engine.came_up()
+
+
+def test_what_no_checkpoint_would_hold_is_refused(digits, tmp_path):
+    """A buffer, such as a batch norm's, and a parameter under two names."""
+    trainer = trainer_for(*settings(tmp_path / "run", digits))
+    encoder, decoder = trainer.game.encoder, trainer.game.decoder
+    encoder.register_buffer("grid", torch.zeros(1))
+    with pytest.raises(ValueError, match=r"^encoder\.grid: would be in no checkpoint; networks have parameters, each"):
+        trainer.engine.take(trainer.game, trainer.optimizer)
+    del encoder.grid
+    decoder.tied = next(encoder.parameters())
+    with pytest.raises(ValueError, match=r"^decoder\.tied: would be in no checkpoint"):
+        trainer.engine.take(trainer.game, trainer.optimizer)
 
 
 SLOW = """

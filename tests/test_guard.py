@@ -40,6 +40,13 @@ def test_what_is_far_is_told_by_the_median_absolute_deviation(deviations, spread
     assert not guard.exhausted
 
 
+def test_what_was_high_before_anything_was_judged_is_no_measure():
+    guard = Guard(Settings())
+    for step in range(WINDOW // 2):
+        assert guard.judge({"the loss": 1e9 if step == 5 else 1.0}) == ""
+    assert guard.judge({"the loss": 1e8}) == "the loss is 1e+08, 1 is usual"
+
+
 def test_a_run_that_settles_is_not_disturbed_and_a_start_is_not_judged():
     guard = Guard(Settings())
     for step in range(FEWEST):
@@ -301,3 +308,31 @@ def test_weights_that_are_lost_send_the_run_back_or_end_it(tmp_path, digits, net
     trainer.train()
     assert counts(whole)[1] == 1
     assert all(value.isfinite().all() for value in final(whole).values())
+
+
+LOST = """
+import math, torch
+from aaae_dist import distributed
+from aaae_dist.cli import main
+from aaae_dist.training import Trainer
+step = Trainer.step
+
+def lost(self, batch):
+    step(self, batch)
+    if self.state.images == 256 and not self.state.rollbacks:
+        with torch.no_grad():
+            next(self.game.{network}.parameters()).fill_(math.inf)
+
+Trainer.step = lost
+main()
+"""
+
+
+@pytest.mark.parametrize("network", ["encoder", "image_critic"])
+def test_weights_that_one_rank_saves_send_all_back_if_they_are_lost(tmp_path, digits, network):
+    """Ranks that have all alike share the tensors out among them, when they save."""
+    (tmp_path / "lost.py").write_text(LOST.format(network=network))
+    more = ("training.images=640", "checkpoint.every=64", "data.workers=0", "evaluation.every=0")
+    done = train(*settings(tmp_path / "run", digits, *more), processes=2, script=tmp_path / "lost.py")
+    assert f"goes back from 256 to 192 images: {network}." in done.stderr
+    assert all(value.isfinite().all() for value in final(tmp_path / "run").values())

@@ -117,6 +117,20 @@ def test_a_rank_that_fails_tells_why_and_the_one_that_waits_for_it_can_give_up(t
     assert checkpoint.complete(str(tmp_path)) == []
 
 
+def test_what_could_not_be_removed_is_not_told_as_not_saved(tmp_path, monkeypatch):
+    def fail(*_: object, **__: object) -> None:
+        raise UserError("checkpoints/x: access denied")
+
+    (saver,) = savers(str(tmp_path), world=1)
+    monkeypatch.setattr(checkpoint, "prune", fail)
+    saver.begin(checkpoint.name_of(64), cut(64, world=1, rank=0), manifest(64, world=1))
+    assert saver.wait(20.0)
+    assert saver.problem() == (
+        "the checkpoint after 64 images is there, but older ones could not be removed: checkpoints/x: access denied"
+    )
+    assert newest(str(tmp_path)) == checkpoint.name_of(64)
+
+
 def test_a_defect_of_ours_is_no_one_liner(tmp_path, monkeypatch):
     (saver,) = savers(str(tmp_path), world=1)
     monkeypatch.setattr(checkpoint, "save_part", lambda *_, **__: 1 / 0)

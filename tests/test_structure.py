@@ -5,15 +5,31 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
+from aaae_dist.baselines import METHODS
 from aaae_dist.commands import COMMANDS
+from aaae_dist.config import settings
+from aaae_dist.losses import PAIRINGS
+from aaae_dist.networks import ARCHITECTURES
 
 PACKAGE = Path(__file__).parent.parent / "aaae_dist"
 ORDER = (  # a module imports only from those before it
-    *("errors", "failures", "storage", "web", "config", "arguments", "data_verbs", "verbs", "stopping", "distributed"),
-    *("randomness", "schedule", "losses", "networks", "aaae", "baselines", "progress", "passes", "images"),
+    *("errors", "failures", "storage", "web", "config", "arguments", "data_verbs", "verbs", "stopping", "preemption"),
+    *(
+        "distributed",
+        "randomness",
+        "schedule",
+        "losses",
+        "networks",
+        "aaae",
+        "baselines",
+        "progress",
+        "passes",
+        "images",
+    ),
     *("tars", "shards", "archives", "formats", "names", "sources", "preparation", "indexing", "inspection"),
     *("order", "cache", "fetching", "reader", "workers", "data", "quarantine", "augmentation", "metrics"),
     *("inference", "evaluation", "pieces", "fingerprint", "optimizer", "engine", "fsdp", "zero", "launched"),
@@ -74,6 +90,15 @@ def test_what_does_not_speak_for_itself_has_a_docstring(name: str) -> None:
         else:
             continue
         assert told or ast.get_docstring(node), f"{name}.{node.name}"
+
+
+def test_what_can_be_chosen_is_there() -> None:
+    for setting, found in (
+        ("model.method", METHODS),
+        ("model.architecture", ARCHITECTURES),
+        ("objective.pairing", PAIRINGS),
+    ):
+        assert set(get_args(settings()[setting].kind)) == found.keys(), setting
 
 
 def test_nothing_is_unpickled() -> None:

@@ -384,3 +384,17 @@ def test_a_remote_journal_is_whole_at_checkpoints_and_at_the_end(tmp_path, monke
     assert len(journal(run)) == 3
     begin(run, images=100, mlflow=False).close("KILLED")
     assert [line["images"] for line in journal(run)] == [100]
+
+
+def test_the_training_that_began_first_gives_way_to_another_in_the_same_folder(s3):
+    """Where no lock holds, as in an object store: they would save into each other's checkpoints."""
+    first = begin(f"{s3}/run", mlflow=False)
+    first.flush()
+    second = begin(f"{s3}/run", mlflow=False)
+    with pytest.raises(UserError, match=f"^{s3}/run: another training has begun there since this one did; end one"):
+        first.flush()
+    with pytest.raises(UserError):
+        first.close("FAILED")
+    second.flush()
+    second.close("FINISHED")
+    assert json.loads(storage.read(f"{s3}/run/about.json"))["status"] == "FINISHED"

@@ -345,6 +345,19 @@ def test_what_ended_a_run_is_told_and_not_what_fails_while_it_closes(tmp_path, d
     assert trainer.stop.failure == "ZeroDivisionError: division by zero"
 
 
+def test_a_checkpoint_that_a_training_removes_meanwhile_is_not_damaged(tmp_path, digits, monkeypatch):
+    run, complete = str(tmp_path / "run"), checkpoint.complete
+    train_here(*settings(run, digits, "training.images=192", "checkpoint.every=64", "checkpoint.keep=1"))
+    assert complete(run) == [f"{192:012d}"]
+    seen = [[f"{64:012d}"], [f"{128:012d}"]]  # each gone when it was to be read
+    monkeypatch.setattr(checkpoint, "complete", lambda run: seen.pop(0) if seen else complete(run))
+    assert checkpoint.load_average(run)[2] == f"{192:012d}"
+    assert not seen
+    storage.remove(f"{run}/checkpoints/{192:012d}/manifest.json")
+    with pytest.raises(UserError, match=r"all 1 checkpoints are damaged"):
+        checkpoint.load_average(run)
+
+
 APART = """
 import os
 from aaae_dist import agreement

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import time
 from contextlib import ExitStack
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -133,6 +134,69 @@ def test_one_that_has_left_is_not_missed_and_one_that_is_silent_is(store, monkey
         assert watch.told.wait(20)
         assert store.get(FAILED) == b"rank 1: no sign of life for 1 s, see training.silence"
     assert not ended
+
+
+class Talk(dist.Store):
+    """What ranks say to each other, as a store has it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words: dict[str, str] = {}
+
+    def check(self, keys: list[str]) -> bool:
+        return all(key in self.words for key in keys)
+
+    def get(self, key: str) -> bytes:
+        return self.words[key].encode()
+
+    def set(self, key: str, value: str) -> None:
+        self.words[key] = value
+
+    def compare_set(self, key: str, expected: str, value: str) -> None:
+        del expected
+        self.words.setdefault(key, value)
+
+
+@pytest.mark.parametrize(
+    ("signs", "naps", "reason"),
+    [
+        ({0: "0 15"}, {}, "rank 1: no sign of life for 15 s, see training.silence"),
+        ({}, {}, "rank 1: no sign of life for 30 s, see training.patience"),
+        ({0: "0 15", 25: "25 15", 38: "38 15"}, {10: 13}, ""),  # all were away, and the other came back a bit later
+        ({0: "0 15"}, {10: 13}, "rank 1: no sign of life for 15 s, see training.silence"),  # and it did not
+    ],
+)
+def test_who_was_away_does_not_blame_the_other(monkeypatch, ended, signs, naps, reason):
+    """A job that is suspended and goes on, rank by rank. By the second, on a clock of the test's own."""
+    watch, store, clock = watch_of(0, monkeypatch), Talk(), [0.0]
+    monkeypatch.setattr("aaae_dist.watch.time", SimpleNamespace(monotonic=lambda: clock[0]))
+
+    def wait(seconds: float) -> None:
+        clock[0] += seconds + naps.get(clock[0], 0)
+        if (sign := signs.get(int(clock[0]))) is not None:
+            store.set("1", sign)
+        if clock[0] > 50:
+            watch.ended.set()
+
+    monkeypatch.setattr("aaae_dist.watch.SIGN", 1.0)
+    monkeypatch.setattr(watch.news, "wait", wait)
+    monkeypatch.setattr(watch, "bring_down", lambda: None)
+    if 0 in signs:
+        store.set("1", signs[0])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    watch.next = "1"
+    watch.give_and_take(store)
+    assert store.words.get(FAILED, "") == reason
+    assert not ended
+
+
+def test_one_that_fails_while_its_connection_is_broken_tells_of_it_later(monkeypatch):
+    watch = watch_of(0, monkeypatch)
+    monkeypatch.setattr(watch, "give_and_take", lambda store: (_ for _ in ()).throw(dist.DistNetworkError("broken")))
+    watch.ended.set()
+    assert watch.look(Talk())
+    watch.stop.fail(UserError("the disk is full"))
+    assert not watch.look(Talk())
 
 
 def test_the_first_reason_is_told_to_all(store, monkeypatch, ended):
