@@ -12,7 +12,7 @@ demo: $(VENV)/installed
 	launch/demo.sh $(BIN)
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff format --check .
