@@ -1,0 +1,191 @@
+"""launch/slurm.sbatch under a real SLURM of four nodes: jobs end well, are preempted, cancelled, and lose nodes."""
+
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from clusters import Slurm, slurm, slurm_is_installed
+from conftest import awaited, copied
+from mlflow.tracking import MlflowClient
+from training_runs import ROOT, assert_same_bits, final, settings, train
+
+from aaae_dist import checkpoint, storage
+from aaae_dist.tracking import parse_lines
+
+EVERY = 640  # images between two checkpoints
+LONG = ("training.images=12_800", f"checkpoint.every={EVERY}", "logging.every=320")  # 200 steps
+Submit = Callable[..., str]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Slurm]:
+    if not slurm_is_installed():
+        (pytest.fail if os.environ.get("CI") else pytest.skip)("SLURM is not installed; .ci/run installs it")
+    with slurm() as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder to submit in."""
+    folder = tmp_path_factory.mktemp("project")
+    for name in ("aaae_dist", "launch", "configs"):
+        (folder / name).symlink_to(ROOT / name)
+    return folder
+
+
+@pytest.fixture
+def submit(cluster: Slurm, project: Path) -> Iterator[Submit]:
+    """Submit a job of launch/slurm.sbatch; its number."""
+    jobs = []
+
+    def call(*arguments: str, options: tuple[str, ...] = (), **variables: str) -> str:
+        there = {"VENV": sys.prefix, "OMP_NUM_THREADS": "1", **variables}
+        line = ["sbatch", "--parsable", f"--chdir={project}", *options, "launch/slurm.sbatch", *arguments]
+        jobs.append(cluster.call("env", "-C", str(project), *line, **there).strip())
+        return jobs[-1]
+
+    yield call
+    for number in jobs:
+        if cluster.job(number)["JobState"] in ("RUNNING", "PENDING"):
+            cluster.call("scancel", number)
+
+
+def said(project: Path, number: str) -> str:
+    """All that a job has said."""
+    logs = [project / f"aaae-{number}.out", *sorted((project / "logs" / number).glob("*.log"))]
+    return "\n".join(f"--- {log.name}\n{log.read_text()}" for log in logs if log.exists())
+
+
+@pytest.fixture(scope="module")
+def whole(digits: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    """What four ranks come to without SLURM, and without a stop."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    train(*settings(run, digits, *LONG), processes=4)
+    return final(run)
+
+
+def under_way(run: str) -> bool:
+    """Whether a run has saved something."""
+    return bool(checkpoint.complete(run))
+
+
+def gone_on_from(project: Path, number: str) -> list[int]:
+    """After how many images each start of a job but the first went on."""
+    return [
+        int(images.replace(",", "")) for images in re.findall(r"goes on from ([\d,]+) images", said(project, number))
+    ]
+
+
+def stopped_after(project: Path, number: str) -> int:
+    """After how many images a job was stopped."""
+    found = re.findall(r"stopped as asked, after ([\d,]+) of", said(project, number))
+    assert len(found) == 1, said(project, number)
+    return int(found[0].replace(",", ""))
+
+
+def ended_well(cluster: Slurm, project: Path, number: str, *, restarts: int) -> None:
+    job = cluster.wait(number)
+    assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("COMPLETED", "0:0", str(restarts)), said(
+        project, number
+    )
+
+
+def test_two_nodes_train_from_s3_to_the_end(cluster, project, submit, s3, digits, whole):
+    """A process for each GPU, as SLURM counts them; the same bits as without it."""
+    url, run = copied(digits, f"{s3}/digits"), f"{s3}/run"
+    number = submit(*settings(run, url, *LONG), options=("--nodes=2", "--gpus-per-node=2"))
+    ended_well(cluster, project, number, restarts=0)
+    assert_same_bits(final(run), whole)
+    assert "2 nodes (n1 n2), 2 processes on each, ddp, start 1" in (project / f"aaae-{number}.out").read_text()
+    assert {log.name[:2] for log in (project / "logs" / number).glob("*.log")} == {"0-", "1-"}
+
+
+def test_the_end_of_the_time_costs_no_image(cluster, project, submit, tmp_path, digits, whole):
+    """The signal that SLURM sends the batch shell alone, for --signal=B:USR1@..."""
+    run = str(tmp_path / "run")
+    number = submit(*settings(run, digits, *LONG), options=("--nodes=2",), PROCESSES="2")
+    awaited(lambda: under_way(run), seconds=120)
+    cluster.call("scancel", "--batch", "--signal=USR1", number)
+    cluster.start_again(number)
+    ended_well(cluster, project, number, restarts=1)
+    assert gone_on_from(project, number) == [stopped_after(project, number)]
+    assert_same_bits(final(run), whole)
+
+
+def test_a_run_stops_by_itself_before_the_time_is_over(cluster, project, submit, tmp_path, digits):
+    """The signal, 150 seconds before the end of a minute, comes at once, while the ranks start, and is lost."""
+    run = str(tmp_path / "run")
+    endless = ("training.images=100_000_000", "checkpoint.every=0")
+    number = submit(*settings(run, digits, *endless), options=("--time=1",))
+    cluster.wait(number, "PENDING", seconds=70)  # SLURM would have let it run, and killed it, 30 seconds longer
+    assert "the job ends soon" in said(project, number)
+    assert checkpoint.complete(run) == [checkpoint.name_of(stopped_after(project, number))]
+
+
+def test_an_array_of_three_configurations_is_one_experiment(cluster, project, submit, tmp_path, digits):
+    server, variants = (
+        f"sqlite:///{tmp_path}/mlflow.db",
+        [tmp_path / f"{name}.toml" for name in ("one", "two", "three")],
+    )
+    for number, file in enumerate(variants):
+        lines = ["[training]", f'run = "{tmp_path}/{file.stem}"', f"seed = {number}", "[tracking]", "mlflow = true"]
+        file.write_text("\n".join(lines))
+    words = " ".join(map(str, variants))
+    arguments = [word for word in settings("none", digits) if not word.startswith(("training.run", "tracking"))]
+    number = submit(*arguments, options=("--array=0-2",), VARIANTS=words, MLFLOW_TRACKING_URI=server)
+    jobs = cluster.call("squeue", "--noheader", "--array", "--format=%A", "--job", number).split()
+    assert len(jobs) == 3
+    for job in jobs:
+        ended_well(cluster, project, job, restarts=0)
+    client = MlflowClient(server)
+    (experiment,) = [found for found in client.search_experiments() if found.name == "aaae"]
+    runs = client.search_runs([experiment.experiment_id])
+    assert {(run.data.tags["mlflow.runName"], run.info.status) for run in runs} == {
+        ("one", "FINISHED"),
+        ("two", "FINISHED"),
+        ("three", "FINISHED"),
+    }
+    assert {run.data.params["training.seed"] for run in runs} == {"0", "1", "2"}
+
+
+def test_scontrol_requeue_costs_no_image(cluster, project, submit, tmp_path, digits, whole):
+    """SIGTERM to every process; the launchers leave their ranks the time to save."""
+    run = str(tmp_path / "run")
+    number = submit(*settings(run, digits, *LONG), options=("--nodes=2",), PROCESSES="2")
+    awaited(lambda: under_way(run), seconds=120)
+    cluster.call("scontrol", "requeue", number)
+    cluster.start_again(number)
+    ended_well(cluster, project, number, restarts=1)
+    assert gone_on_from(project, number) == [stopped_after(project, number)]
+    assert_same_bits(final(run), whole)
+
+
+def test_a_job_that_is_cancelled_saves_and_stays_so(cluster, project, submit, tmp_path, digits):
+    run = str(tmp_path / "run")
+    number = submit(*settings(run, digits, *LONG), options=("--nodes=2",), PROCESSES="1")
+    awaited(lambda: under_way(run), seconds=120)
+    cluster.call("scancel", number)
+    awaited(lambda: not cluster.call("squeue", "--noheader", "--job", number), seconds=60)
+    assert cluster.job(number)["JobState"] == "CANCELLED"
+    assert checkpoint.complete(run)[-1] == checkpoint.name_of(stopped_after(project, number))
+    assert "SLURM decides whether it starts again" in said(project, number)
+
+
+def test_a_node_that_dies_costs_at_most_an_interval(cluster, project, submit, tmp_path, digits, whole):
+    run = str(tmp_path / "run")
+    number = submit(*settings(run, digits, *LONG), options=("--nodes=2",), PROCESSES="2")
+    awaited(lambda: under_way(run), seconds=120)
+    cluster.kill_node("n2")
+    awaited(lambda: cluster.job(number)["JobState"] == "PENDING", seconds=90)
+    reached = parse_lines(storage.read(f"{run}/metrics.jsonl"))[-1]["images"]
+    cluster.start_again(number)
+    ended_well(cluster, project, number, restarts=1)
+    (went_on,) = gone_on_from(project, number)
+    assert reached - went_on <= EVERY
+    assert_same_bits(final(run), whole)
+    cluster.nodes["n2"].start()
