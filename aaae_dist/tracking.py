@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 
 RETRY_SECONDS, UPLOAD_SECONDS = 15.0, 30.0
 PARTING_SECONDS = {"FINISHED": 60.0, "KILLED": 10.0, "FAILED": 2.0}  # who was told to stop has no minute left
+CHANGING = ("status", "starts", "began")  # of what about.json says: no tags in MLflow
 MLFLOW_SETTINGS = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # we retry
@@ -159,7 +160,7 @@ def settle_mlflow() -> None:
 class Delivery:
     """Brings MLflow up to date with a run's folder. Once a call has failed, begin another: MLflow knows what it got."""
 
-    def __init__(self, run: str, config: Config, about: Mapping[str, str]) -> None:
+    def __init__(self, run: str, config: Config, about: Mapping[str, Any]) -> None:
         """Find or make the MLflow run, and ask how far it got."""
         from mlflow.entities import Param, RunTag
         from mlflow.tracking import MlflowClient
@@ -184,7 +185,7 @@ class Delivery:
         # Nor does it let a parameter change: where a resumed run's do, config.toml says so.
         new = {key: str(value) for key, value in config.flat().items() if key not in known.data.params}
         params = [Param(key, harmless(value)[:6_000]) for key, value in new.items()]  # the longest that MLflow takes
-        tags = [RunTag(key, value) for key, value in about.items() if key != "status"]
+        tags = [RunTag(key, value) for key, value in about.items() if key not in CHANGING]
         self.client.log_batch(self.id, params=params, tags=tags, synchronous=True)
 
     def find(self, run_id: str) -> Any:
@@ -252,7 +253,10 @@ class Delivery:
 
 
 class Tracker:
-    """What rank 0 reports with. Nothing here waits for MLflow but `close`, and that not for long."""
+    """What rank 0 reports with. Nothing here waits for MLflow but `close`, and that not for long.
+
+    `restarts` is how often the run was begun before.
+    """
 
     def __init__(self, run: str, config: Config, *, images: int) -> None:
         self.run, self.config = run, config
@@ -261,9 +265,11 @@ class Tracker:
         forget_pictures(run, images=images)
         storage.write(storage.join(run, "config.toml"), config.toml().encode())
         place = storage.join(run, "about.json")
-        training = training_of(run) or secrets.token_hex(8)
+        before = read_about(run) if storage.exists(place) else {"training": secrets.token_hex(8), "starts": 0}
+        self.restarts = before.get("starts", 1)
         self.attempt = secrets.token_hex(8)  # tells it from a training that begins in the same folder at the same time
-        self.about = {"training": training, "attempt": self.attempt, "run": harmless(run), "status": "RUNNING"}
+        self.about = {"training": before["training"], "attempt": self.attempt, "run": harmless(run)}
+        self.about |= {"status": "RUNNING", "starts": self.restarts + 1, "began": round(time.time(), 3)}
         self.about |= describe_code()
         storage.write_json(place, self.about)
         self.journal = Journal(run, images=images)
@@ -347,8 +353,11 @@ class Tracker:
                 log.warning("MLflow has not got everything; `aaae track sync %s` delivers the rest", self.run)
 
 
-def read_about(run: str) -> dict[str, str]:
-    """What about.json says of a run, or a UserError if that is nothing of ours."""
+def read_about(run: str) -> dict[str, Any]:
+    """What about.json says of a run, or a UserError if that is nothing of ours.
+
+    Of what code trains it, and where; its `status`; how often a training of it was started, and when last.
+    """
     place = storage.join(run, "about.json")
     about = storage.read_json(place)
     if not isinstance(about, dict) or not {"training", "status"} <= about.keys():
@@ -368,6 +377,8 @@ def is_unfinished(run: str) -> bool:
 
 class NoTracker:
     """What the other ranks report with: nothing."""
+
+    restarts = 0
 
     def ignore(self, *_: Any) -> None: ...
 

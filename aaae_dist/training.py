@@ -244,6 +244,7 @@ class Trainer:
         metrics = self.interval.means(batch_size=self.config.training.batch_size)
         metrics["data/bad_samples"] = self.set_aside()
         metrics |= {"guard/skipped_steps": self.guard.skipped, "guard/rollbacks": len(self.state.rollbacks)}
+        metrics["run/restarts"] = self.tracker.restarts
         metrics |= {f"learning_rate/{group['name']}": group["lr"] for group in self.optimizer.param_groups}
         self.tracker.log(self.state.images, metrics)
         shown = ("reconstruction/mse", "speed/images_per_second")

@@ -14,6 +14,7 @@ from PIL import Image
 from servers import free_port
 from test_training import trainer_for
 from training_runs import (
+    CLOCKED,
     ENGINES,
     ROOT,
     assert_same_bits,
@@ -73,7 +74,7 @@ def assert_same_figures(ours: Path, theirs: Path) -> None:
     assert len(found[0]) == len(found[1]) == 22
     for our, their in zip(*found, strict=True):
         for name, value in their.items():
-            if not name.startswith(("time", "speed/", "data/")):
+            if not name.startswith(CLOCKED):
                 limit = 1e-6 if name.endswith(("loss", "/mse", "held_out_mse")) else 1e-5
                 assert our[name] == pytest.approx(value, rel=limit, abs=1e-6), (their["images"], name)
 

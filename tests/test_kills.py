@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import pytest
 from ranks import Hold, Order
 from torch.distributed import TCPStore
-from training_runs import ROOT, assert_same_bits, environment, final, settings, train
+from training_runs import CLOCKED, ROOT, assert_same_bits, environment, final, settings, train
 
 from aaae_dist import checkpoint, storage
 from aaae_dist.guard import read_rollbacks
@@ -189,7 +189,7 @@ def options(run: str, data: str) -> list[str]:
 def metrics(run: str) -> list[dict[str, Any]]:
     """Every line, without what depends on the clock."""
     lines = parse_lines(storage.read(storage.join(run, "metrics.jsonl")))
-    return [{k: v for k, v in line.items() if not k.startswith(("time", "speed/", "data/"))} for line in lines]
+    return [{k: v for k, v in line.items() if not k.startswith(CLOCKED)} for line in lines]
 
 
 def files(run: str) -> set[str]:

@@ -202,6 +202,16 @@ def test_mlflow_gets_all_of_a_run(place, request, crooked, tmp_path, capfd, capl
     assert shades == {"images/samples+step+100": (100,) * 3, "images/samples+step+300": (44,) * 3}
 
 
+def test_starts_of_a_run_whose_about_json_does_not_count_them_are_counted_on(tmp_path):
+    begin("run", mlflow=False).close("KILLED")
+    about = json.loads(Path("run/about.json").read_text())
+    assert about.pop("starts") == 1
+    Path("run/about.json").write_text(json.dumps(about))
+    tracker = begin("run", mlflow=False)
+    tracker.close("KILLED")
+    assert (tracker.restarts, json.loads(Path("run/about.json").read_text())["starts"]) == (1, 2)
+
+
 def test_a_resumed_run_goes_on_in_the_same_mlflow_run_without_duplicates(server, tmp_path):
     run = tmp_path / "run"
     killed = begin(run)
