@@ -20,6 +20,7 @@ from aaae_dist.networks import Images
 from aaae_dist.optimizer import STATES, Adam, local
 from aaae_dist.pieces import Piece, share
 from aaae_dist.randomness import Keys
+from aaae_dist.stopwatch import Stopwatch
 
 
 class Engine:
@@ -57,6 +58,7 @@ class Engine:
                 f"others' messages, the address and the network; training.patience is {patience:g} s"
             ) from None
         self.device = self.accelerator.device
+        self.forwards = Stopwatch(self.device)
         if self.accelerator.distributed_type not in self.kinds:
             raise UserError(
                 f"distributed_type {self.accelerator.distributed_type.value}: no engine of ours; {distributed.LAUNCH}"
@@ -122,9 +124,12 @@ class Engine:
     # --- a step
 
     def turn(self, images: Images, keys: Keys) -> Turn:
-        """Forward and backward of one micro-batch; its loss counts as a part of the step's."""
+        """Forward and backward of one micro-batch; its loss counts as a part of the step's.
+
+        The forward's time is taken: until the backward no rank waits for another, unless weights are divided.
+        """
         with self.accelerator.accumulate(self.model):
-            with self.accelerator.autocast():
+            with self.accelerator.autocast(), self.forwards:
                 turn: Turn = self.model(images, keys)
             self.backward(turn.loss)
         return turn

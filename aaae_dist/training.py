@@ -20,7 +20,7 @@ from aaae_dist.errors import UserError
 from aaae_dist.evaluation import evaluate
 from aaae_dist.execution import settle_execution
 from aaae_dist.inference import overview
-from aaae_dist.interval import Interval, slow_data
+from aaae_dist.interval import Interval, slow_data, straggler
 from aaae_dist.launched import launched_engine
 from aaae_dist.optimizer import Adam
 from aaae_dist.preemption import complain_of_grace, job_is_ending, leave_word
@@ -31,6 +31,7 @@ from aaae_dist.reader import Bad, Reader
 from aaae_dist.schedule import averaging_rate, learning_rate
 from aaae_dist.state import State
 from aaae_dist.stopping import StopRequest
+from aaae_dist.system import Node
 from aaae_dist.tracking import NoTracker, Tracker, is_unfinished, training_of
 
 log = logging.getLogger(__name__)
@@ -82,6 +83,8 @@ class Trainer:
         self.judged: tuple[int, dict[str, float]] = (0, {})  # after so many images, the last evaluation
 
         self.stopping = self.saving_is_due = False
+        caches = (reader.fetcher.cache.folder for reader in self.readers if not all(reader.fetcher.local))
+        self.node = Node([self.run, *map(str, caches)], device=self.device)
         self.interval = self.begin_interval()
         self.batches = iter(self.state.stream)
         self.quarantine = Quarantine(self.run)
@@ -215,6 +218,7 @@ class Trainer:
         norms = told[-len(squares) :].sqrt_()
         # Here, and only here, the host waits for the device.
         loss, stop, due, failed, *lengths = told[moments.numel() :].tolist()
+        forward = self.engine.forwards.take()
         self.stopping, self.saving_is_due = self.stopping or stop > 0, self.saving_is_due or due > 0
         if stop:  # for all ranks: the launcher's store may end before them
             self.stop.signal = self.stop.signal or signal.SIGTERM
@@ -233,11 +237,12 @@ class Trainer:
             self.engine.step(lengths)
             self.game.observe(*told[: moments.numel()].view_as(moments), images=training.batch_size)
             self.engine.averaged_moments.lerp_(self.game.moments, rate)
-            self.interval.add_step(turns, norms)
+            self.interval.add_step(turns, norms, forward=forward)
         self.progress.advance(self.state.images)
 
     def begin_interval(self) -> Interval:
-        return Interval(list(self.networks), code_size=self.game.moments.shape[1], device=self.device)
+        size = self.game.moments.shape[1]
+        return Interval(list(self.networks), code_size=size, device=self.device, node=self.node)
 
     def log(self) -> None:
         """Report the interval that ends here."""
@@ -249,7 +254,7 @@ class Trainer:
         self.tracker.log(self.state.images, metrics)
         shown = ("reconstruction/mse", "speed/images_per_second")
         self.progress.say(self.state.images, {name: metrics[name] for name in shown if name in metrics})
-        if complaint := slow_data(metrics):
+        for complaint in filter(None, (slow_data(metrics), straggler(metrics))):
             log.info(complaint)
         self.interval = self.begin_interval()
 

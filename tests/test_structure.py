@@ -32,9 +32,10 @@ ORDER = (  # a module imports only from those before it
     ),
     *("tars", "shards", "archives", "formats", "names", "sources", "preparation", "indexing", "inspection"),
     *("order", "cache", "fetching", "reader", "workers", "data", "quarantine", "augmentation", "metrics"),
-    *("inference", "evaluation", "pieces", "fingerprint", "optimizer", "engine", "fsdp", "zero", "launched"),
-    *("execution", "checkpoint", "export", "agreement", "saving", "guard", "compatibility", "tracking", "interval"),
-    *("state", "training", "watch", "supervision", "selftest", "data_commands", "commands", "cli"),
+    *("inference", "evaluation", "pieces", "fingerprint", "optimizer", "stopwatch", "engine", "fsdp", "zero"),
+    *("launched", "execution", "checkpoint", "export", "agreement", "saving", "guard", "compatibility", "tracking"),
+    *("system", "interval", "state", "training", "watch", "supervision", "selftest"),
+    *("data_commands", "commands", "cli"),
 )
 TREES = {path.stem: ast.parse(path.read_text()) for path in sorted(PACKAGE.glob("*.py"))}
 LONG = 12  # lines: a shorter function may speak for itself

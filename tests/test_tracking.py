@@ -3,6 +3,8 @@
 import contextlib
 import json
 import os
+import platform
+import re
 import socket
 import subprocess
 import sys
@@ -16,11 +18,13 @@ from typing import Any
 import psutil
 import pytest
 from PIL import Image
+from training_runs import SLOW, settings, train
 
 from aaae_dist import storage, tracking
 from aaae_dist.config import Config
 from aaae_dist.errors import UserError
 from aaae_dist.guard import write_rollbacks
+from aaae_dist.system import safe_name
 from aaae_dist.tracking import Tracker, default_tracking_uri, sync
 
 SECRET, PICTURE = "hunter2", Image.new("RGB", (16, 8))
@@ -200,6 +204,34 @@ def test_mlflow_gets_all_of_a_run(place, request, crooked, tmp_path, capfd, capl
     assert SECRET not in f"{info} {data}"
     shades = {path.split("+timestamp")[0]: Image.open(artifact(run, path)).getpixel((0, 0)) for path in samples(run)}
     assert shades == {"images/samples+step+100": (100,) * 3, "images/samples+step+300": (44,) * 3}
+
+
+def test_nodes_and_a_slow_rank_are_told_under_their_names_in_the_one_run(digits):
+    """Of two ranks, each on a node of its own as it believes, the second sleeps in every forward."""
+    run = Path("run").absolute()
+    options = settings(run, digits, "tracking.mlflow=true", "checkpoint.every=320")
+    said = train(*options, "training.images=640", processes=2, script=SLOW).stderr
+    assert len(re.findall(r"aaae: rank 1 on node n1 is slow: its forward takes 1\d\d ms, \S+ ms is usual", said)) == 2
+    assert "rank 0 on node" not in said
+    assert "aaae" not in re.sub("aaae: .*", "", said)
+    train(*options, processes=2)  # on this machine's one node
+    assert (agree(run), alone(run)) == (True, True)
+    figures, here = known(run).data.metrics, safe_name(platform.node())
+    of_nodes = {name.rpartition("/")[0] for name in figures if name.startswith("system/")}
+    assert of_nodes == {"system/n0", "system/n1", f"system/{here}"}
+    for node in of_nodes:
+        assert 0 <= figures[f"{node}/cpu_percent"] <= 100
+        assert 0 < figures[f"{node}/memory_percent"] <= 100
+        assert 0 < figures[f"{node}/disk_percent"] <= 100
+        assert figures[f"{node}/network_in_mb_per_second"] >= 0
+    assert figures["system/n1/slow_rank"] == 1
+    assert 0 < figures["ranks/forward_seconds/min"] <= figures["ranks/forward_seconds/max"]
+    restarts = client(run).get_metric_history(known(run).info.run_id, "run/restarts")
+    assert [(point.step, point.value) for point in restarts] == [(320, 0), (640, 0), (960, 1), (1280, 1)]
+    assert not {"status", "starts", "began"} & known(run).data.tags.keys()
+    about = json.loads(Path(run, "about.json").read_text())
+    assert (about["starts"], about["status"]) == (2, "FINISHED")
+    assert Path(run, "config.toml").stat().st_mtime - 60 < about["began"] < time.time()
 
 
 def test_starts_of_a_run_whose_about_json_does_not_count_them_are_counted_on(tmp_path):

@@ -33,6 +33,7 @@ from aaae_dist.schedule import averaging_rate, learning_rate
 from aaae_dist.sources import Source
 from aaae_dist.sources import digits as handwritten
 from aaae_dist.stopping import StopRequest
+from aaae_dist.system import Node
 from aaae_dist.tracking import Tracker
 from aaae_dist.training import Trainer
 
@@ -184,6 +185,11 @@ def test_ranks_see_the_same_statistics_and_one_line_of_metrics(tmp_path, digits)
     assert first["speed/images_per_second"] > 0
     assert 0 <= sum(first[f"data/wait/{name}"] for name in ("fetching", "decoding", "hand_over")) < 1
     assert first["data/slowest_rank"] in range(2)
+    for name in ("step_seconds", "forward_seconds", "data_wait", "memory_gb"):
+        assert 0 <= first[f"ranks/{name}/min"] <= first[f"ranks/{name}/mean"] <= first[f"ranks/{name}/max"]
+    assert 0 < first["ranks/forward_seconds/max"] < first["ranks/step_seconds/max"]
+    assert first["ranks/slowest"] in range(2)
+    assert len([name for name in first if name.startswith("system/") and name.endswith("/cpu_percent")]) == 1
     assert 1 <= first["codes/effective_rank"] <= 8
 
 
@@ -223,7 +229,8 @@ def made(*, fetching: float, decoding: float, finished: float) -> Batch:
 
 def test_waiting_is_told_by_what_the_batch_waited_for(monkeypatch):
     """What is left of fetching and decoding when the step comes, in their proportion; the rest is hand-over."""
-    interval = Interval(["encoder"], code_size=1, device=torch.device("cpu"))
+    device = torch.device("cpu")
+    interval = Interval(["encoder"], code_size=1, device=device, node=Node([], device=device))
     monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: 10.0))
     for began, batch, waits in (
         (4.0, made(fetching=3.75, decoding=1.25, finished=9.0), (3.75, 1.25, 1.0)),  # made when asked for

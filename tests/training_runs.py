@@ -13,8 +13,8 @@ from aaae_dist import checkpoint, storage
 
 ROOT = Path(__file__).resolve().parents[1]
 ENGINES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")  # of several ranks
-DOUBLE = Path(__file__).with_name("double.py")
-CLOCKED = ("time", "speed/", "data/", "run/")  # figures of one run alone begin so
+DOUBLE, SLOW = (Path(__file__).with_name(name) for name in ("double.py", "slow.py"))
+CLOCKED = ("time", "speed/", "data/", "ranks/", "system/", "run/")  # figures of one run alone begin so
 
 
 def environment() -> dict[str, str]:
