@@ -7,6 +7,8 @@ import logging
 import math
 import os
 import signal
+import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -130,6 +132,17 @@ def export(arguments: argparse.Namespace) -> None:
     print(f"{arguments.out}: the averaged networks of {arguments.run} after {int(name):,} images")
 
 
+def status(arguments: argparse.Namespace) -> None:
+    from aaae_dist.status import news, text, views
+
+    redraw, before = arguments.follow and sys.stdout.isatty() and not arguments.json, ""
+    for found in views(arguments.run, follow=arguments.follow):
+        if redraw or news(found) != before:
+            said = json.dumps(found) if arguments.json else text(found, now=time.time())
+            print("\x1b[H\x1b[J" * redraw + said, flush=True)  # from the corner of a terminal that is cleared
+        before = news(found)
+
+
 def track_sync(arguments: argparse.Namespace) -> None:
     from aaae_dist.tracking import sync
 
@@ -247,6 +260,7 @@ COMMANDS = DATA_COMMANDS | {
     "sample": sample,
     "reconstruct": reconstruct,
     "export": export,
+    "status": status,
     "track sync": track_sync,
     "checkpoint list": checkpoint_list,
     "checkpoint verify": checkpoint_verify,

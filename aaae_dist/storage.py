@@ -226,6 +226,11 @@ def listing(url: str, *, patience: float | None = None) -> dict[str, int]:
     return persistently(url, attempt, patience=patience)
 
 
+def modified(url: str) -> float:
+    """When a file was written by the clock of its store, in seconds since 1970."""
+    return persistently(url, lambda store, path: store.modified(path).timestamp())
+
+
 def refuse_web(url: str) -> None:
     """Raise a UserError if nothing can be written there."""
     if is_web(url):

@@ -34,6 +34,7 @@ def parser() -> Parser:
     verbs = top.add_subparsers(required=True, metavar="COMMAND")
     add_preparing(verbs)
     add_training(verbs)
+    add_status(verbs)
     add_selftest(verbs)
     add_using(verbs)
     add_export(verbs)
@@ -78,6 +79,24 @@ def add_training(verbs: Any) -> None:
     )
     made.epilog = f"{made.epilog}\n\n{settings_help()}"
     made.hint = "; settings are given as section.key=value, without dashes"
+
+
+def add_status(verbs: Any) -> None:
+    """How a run stands."""
+    verb(
+        verbs,
+        "status",
+        "Say how a run stands, from any machine that reads its folder: how far it is, what is left, its losses, last "
+        "checkpoint and restarts, and what to look at. Nothing is written there.",
+        RUN,
+        argument("--json", action="store_true", help="one JSON object on stdout"),
+        argument(
+            "--follow",
+            action="store_true",
+            help="until the run ends: every 5 seconds on a terminal, elsewhere when something has changed",
+        ),
+        example="aaae status s3://bucket/runs/photos --follow",
+    )
 
 
 def add_selftest(verbs: Any) -> None:

@@ -272,7 +272,13 @@ def test_a_finished_training_has_nothing_left_to_do(tiny: Path, run: Path, capsy
 
 def test_runs_that_are_none(run: Path, copy: Path, tmp_path: Path, refuse: Refuse) -> None:
     out = tmp_path / "out.png"
-    for verb, *more in (["evaluate"], ["sample", "--out", out], ["reconstruct", "x.png", "--out", out]):
+    for verb, *more in (
+        ["evaluate"],
+        ["status"],
+        ["status", "--json", "--follow"],
+        ["sample", "--out", out],
+        ["reconstruct", "x.png", "--out", out],
+    ):
         assert refuse(verb, tmp_path, *more) == (
             f"{tmp_path}/config.toml: no such file; RUN is the folder of a training (its training.run)"
         )

@@ -85,6 +85,11 @@ def test_the_demo_and_what_follows(workplace):
     again = run(block_with("train configs/digits.toml"), workplace)
     assert "nothing is left to do" in again.stderr
     assert "MLflow has all" in run(block_with("track sync"), workplace).stdout
+    stands = run(block_with("aaae status"), workplace).stdout
+    assert stands.startswith("runs/digits: finished, 128 of 128 images (100 %), ")
+    printed = re.search(r"```\n(runs/digits: .*?)```", (ROOT / "README.md").read_text(), flags=re.S)[1]
+    rows = [[line.split()[0] for line in shown.splitlines() if "warning" not in line] for shown in (stands, printed)]
+    assert rows[0] == rows[1]
     saved = run(block_with("checkpoint list"), workplace).stdout
     assert "images  ddp on 2  " in saved
     assert "as they were saved" in saved
@@ -109,6 +114,7 @@ def test_every_block_is_accounted_for():
         "train configs/digits.toml",
         "selftest",
         "track sync",
+        "aaae status",
         "checkpoint list",
         "shards inspect",
     )
