@@ -7,7 +7,7 @@ import time
 from aaae_dist.aaae import AAAE
 from aaae_dist.cli import main
 
-SECONDS = 0.1  # that they take longer
+SECONDS = 0.2  # that they take longer
 
 if __name__ == "__main__":
     number, forward = os.environ["RANK"], AAAE.forward

@@ -211,7 +211,9 @@ def test_nodes_and_a_slow_rank_are_told_under_their_names_in_the_one_run(digits)
     run = Path("run").absolute()
     options = settings(run, digits, "tracking.mlflow=true", "checkpoint.every=320")
     said = train(*options, "training.images=640", processes=2, script=SLOW).stderr
-    assert len(re.findall(r"aaae: rank 1 on node n1 is slow: its forward takes 1\d\d ms, \S+ ms is usual", said)) == 2
+    assert (
+        len(re.findall(r"aaae: rank 1 on node n1 is slow: its forward takes [2-9]\d\d ms, \S+ ms is usual", said)) == 2
+    )
     assert "rank 0 on node" not in said
     assert "aaae" not in re.sub("aaae: .*", "", said)
     train(*options, processes=2)  # on this machine's one node
