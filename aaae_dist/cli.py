@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from aaae_dist.commands import COMMANDS
-from aaae_dist.errors import UserError, one_line, speaker, tell
-from aaae_dist.failures import reason
+from aaae_dist.errors import UserError, speaker, tell
+from aaae_dist.failures import reason, short_of_memory
 from aaae_dist.verbs import parser
 
 log = logging.getLogger("aaae_dist")
@@ -66,10 +66,7 @@ def circumstance(error: Exception) -> str:
         if isinstance(error, BrokenPipeError):
             sys.exit(128 + signal.SIGPIPE)  # whoever read the results, such as `head`, has seen enough
         return f"{error.filename or 'stdout'}: {reason(error)}"
-    # Where memory is short, Python and torch raise a RuntimeError too.
-    short = ("allocate", "can't start new thread", "could not create a primitive")
-    if isinstance(error, MemoryError) or any(words in str(error) for words in short):
-        what = one_line(error).rpartition("Allocator: ")[2]
+    if what := short_of_memory(error):
         return (
             f"out of memory ({what}); lower --count or --size here, or training.micro_batch_size, "
             "evaluation.batch_size or model.width in the configuration"

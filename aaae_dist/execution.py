@@ -22,21 +22,31 @@ def settle_execution(game: GenerativeAutoencoder, training: Training, *, engine:
     Raises:
         UserError: there is no compiler, or the engine cannot do with it.
     """
+    refuse_compiling(training, engine=engine.name, compiles=engine.compiles)
+    arrange(game, training)
+    if training.compile:
+        for network in game.children():
+            network.compile()
+
+
+def refuse_compiling(training: Training, *, engine: str, compiles: bool) -> None:
+    """Raise a UserError if networks are to be compiled, and there is no compiler or the engine cannot do with it."""
     if training.compile and not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))):
         raise UserError("training.compile true: there is no C++ compiler on the PATH; install g++, or set it to false")
-    if training.compile and not engine.compiles:
+    if training.compile and not compiles:
         raise UserError(
-            f"training.compile true: {engine.name} lends a network's weights out layer by layer, which cannot be "
+            f"training.compile true: {engine} lends a network's weights out layer by layer, which cannot be "
             "compiled; set it to false, or start with launch/zero2.yaml or launch/fsdp2.yaml"
         )
+
+
+def arrange(game: GenerativeAutoencoder, training: Training) -> None:
+    """Have convolutions in channels-last and activations made again, as the settings say."""
     for module in game.modules():
         if isinstance(module, Layers):
             module.recomputed = training.activation_checkpointing
         if training.channels_last and isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
             module.register_forward_pre_hook(channels_last)
-    if training.compile:
-        for network in game.children():
-            network.compile()
 
 
 def channels_last(layer: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:

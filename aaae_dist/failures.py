@@ -68,6 +68,14 @@ def explained(url: str) -> Iterator[None]:
         raise UserError(f"{url}: {reason(error)}") from error
 
 
+def short_of_memory(error: BaseException) -> str:
+    """What could not be had, if that is memory or a thread; nothing if something else went wrong."""
+    # Where memory is short, Python and torch raise a RuntimeError too.
+    words = ("allocate", "can't start new thread", "could not create a primitive")
+    short = isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(w in str(error) for w in words))
+    return one_line(error).rpartition("Allocator: ")[2] if short else ""
+
+
 # Of fsspec's clients (botocore, aiohttp, gcsfs, ...): each has classes of its own, and none is to be imported for this.
 PASSING = {"ConnectionError", "TimeoutError", "HTTPClientError", "IncompleteReadError"} | {
     "ClientConnectionError",

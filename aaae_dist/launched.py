@@ -16,6 +16,7 @@ checked.
 
 import os
 
+from aaae_dist.distributed import LAUNCH
 from aaae_dist.engine import Engine
 from aaae_dist.errors import UserError
 from aaae_dist.fsdp import Fsdp
@@ -34,6 +35,23 @@ NOT_OURS = {
     "FSDP_OFFLOAD_PARAMS": OFFLOADED,
 }
 NOTHING = ("", "no", "none", "false")  # what they say where they ask for nothing
+
+ENGINES: dict[str, type[Engine]] = {"single": Engine, "ddp": Engine}
+ENGINES |= {"zero1": Zero, "zero2": Zero, "zero3": ZeroThree, "fsdp2": Fsdp}
+
+
+def launched_name(ranks: int) -> str:
+    """The name of that engine; where no launcher asked for one, of what is usual for so many ranks.
+
+    Raises:
+        UserError: it is none of ours.
+    """
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        name = f"zero{os.environ.get('ACCELERATE_DEEPSPEED_ZERO_STAGE', '')}"
+        if name not in ENGINES:
+            raise UserError(f"{name}: no engine of ours; {LAUNCH}")
+        return name
+    return "fsdp2" if os.environ.get("ACCELERATE_USE_FSDP") == "true" else "ddp" if ranks > 1 else "single"
 
 
 def launched_engine() -> type[Engine]:

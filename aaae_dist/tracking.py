@@ -31,6 +31,7 @@ from aaae_dist.config import Config
 from aaae_dist.errors import UserError, one_line
 from aaae_dist.failures import explained
 from aaae_dist.guard import read_rollbacks
+from aaae_dist.versions import commit, git
 
 log = logging.getLogger(__name__)
 
@@ -126,14 +127,6 @@ def harmless(text: str) -> str:
     return re.sub(r"//[^/\s]+@", "//", text.replace(f"{person}@", "") if person else text)
 
 
-def git(*words: str) -> str:
-    """What git says in the package's folder; nothing if there is no git or no repository."""
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        command = ["git", "-C", str(Path(__file__).parent), *words]
-        return subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True, timeout=5).strip()
-    return ""
-
-
 def describe_code() -> dict[str, str]:
     """What runs, where and for whom."""
     about = {"host": platform.node(), "version.python": platform.python_version(), "mlflow.source.name": "aaae train"}
@@ -141,8 +134,8 @@ def describe_code() -> dict[str, str]:
     for name in ("aaae_dist", "torch", "accelerate", "webdataset", "mlflow", "numpy"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             about[f"version.{name}"] = importlib.metadata.version(name)
-    if git("ls-files", Path(__file__).name):  # and not a repository that this is merely installed in
-        about["git.commit"] = about["mlflow.source.git.commit"] = git("rev-parse", "HEAD")
+    if code := commit():
+        about["git.commit"] = about["mlflow.source.git.commit"] = code
         about["git.changed"] = str(bool(git("status", "--porcelain", "--untracked-files=no"))).lower()
     return about
 

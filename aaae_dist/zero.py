@@ -21,6 +21,12 @@ from aaae_dist.pieces import Piece
 from aaae_dist.randomness import Keys
 
 
+def refuse_missing_deepspeed(setting: str) -> None:
+    """Raise a UserError about the setting that asks for it if DeepSpeed is not installed."""
+    if importlib.util.find_spec("deepspeed") is None:
+        raise UserError(f"{setting}: DeepSpeed is not installed; pip install 'aaae_dist[deepspeed]'")
+
+
 class Zero(Engine):
     """DeepSpeed's ZeRO, stages 1 and 2: each rank steps a flat part of each network, and all get the weights."""
 
@@ -38,8 +44,7 @@ class Zero(Engine):
     def accelerate(self, **more: Any) -> Accelerator:
         if self.stage not in ("1", "2", "3"):
             raise UserError(f"zero_stage {self.stage}: must be 1, 2 or 3; {distributed.LAUNCH}")
-        if importlib.util.find_spec("deepspeed") is None:
-            raise UserError(f"zero_stage {self.stage}: DeepSpeed is not installed; pip install 'aaae_dist[deepspeed]'")
+        refuse_missing_deepspeed(f"zero_stage {self.stage}")
         import deepspeed.ops
 
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # it speaks on stdout, and of nothing that matters here

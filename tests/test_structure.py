@@ -17,21 +17,10 @@ from aaae_dist.networks import ARCHITECTURES
 
 PACKAGE = Path(__file__).parent.parent / "aaae_dist"
 ORDER = (  # a module imports only from those before it
-    *("errors", "failures", "storage", "web", "config", "arguments", "data_verbs", "verbs", "stopping", "preemption"),
-    *(
-        "distributed",
-        "randomness",
-        "schedule",
-        "losses",
-        "networks",
-        "aaae",
-        "baselines",
-        "progress",
-        "passes",
-        "images",
-    ),
-    *("tars", "shards", "archives", "formats", "names", "sources", "preparation", "indexing", "inspection"),
-    *("order", "cache", "fetching", "reader", "workers", "data", "quarantine", "augmentation", "metrics"),
+    *("errors", "failures", "versions", "storage", "web", "config", "arguments", "data_verbs", "verbs", "stopping"),
+    *("preemption", "distributed", "randomness", "schedule", "losses", "networks", "aaae", "baselines", "progress"),
+    *("passes", "images", "tars", "shards", "archives", "formats", "names", "sources", "preparation", "indexing"),
+    *("inspection", "order", "cache", "fetching", "reader", "workers", "data", "quarantine", "augmentation", "metrics"),
     *("inference", "evaluation", "pieces", "fingerprint", "optimizer", "stopwatch", "engine", "fsdp", "zero"),
     *("launched", "execution", "checkpoint", "export", "agreement", "saving", "guard", "compatibility", "tracking"),
     *("system", "interval", "state", "training", "watch", "supervision", "selftest", "status"),
