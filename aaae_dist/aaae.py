@@ -149,6 +149,8 @@ def refuse_coupled(name: str, critic: nn.Module, example: Float[Tensor, "4 ..."]
     Raises:
         ValueError: the critic uses batch statistics, such as BatchNorm's or a minibatch standard deviation.
     """
+    if example.is_meta:  # networks that are only to be measured have no verdicts
+        return
     state = copy.deepcopy(critic.state_dict())
     together, apart = critic(example), torch.cat([critic(example[:2]), critic(example[2:])])
     critic.load_state_dict(state)

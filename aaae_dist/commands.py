@@ -58,6 +58,33 @@ def selftest(arguments: argparse.Namespace) -> None:
         raise UserError(f"the selftest failed ({failed[0]}), see stdout; train nothing here before it is well")
 
 
+def preflight(arguments: argparse.Namespace) -> None:
+    from aaae_dist.distributed import launched_rank
+    from aaae_dist.preflight import preflight as look
+
+    if launched_rank() != 0:  # one looks for all
+        return
+    findings = []
+    for finding in look(
+        arguments.config,
+        nodes=arguments.nodes,
+        processes=arguments.processes_per_node,
+        engine=arguments.engine,
+        grace=arguments.grace,
+    ):
+        findings.append(finding)
+        if not arguments.json:
+            print(finding, flush=True)
+    wrong = [finding.part for finding in findings if finding.verdict == "error"]
+    if arguments.json:
+        print(json.dumps({"errors": len(wrong), "findings": [finding._asdict() for finding in findings]}))
+    if wrong:
+        raise UserError(
+            f"the preflight found {'1 error' if len(wrong) == 1 else f'{len(wrong)} errors'} "
+            f"({', '.join(dict.fromkeys(wrong))}), see stdout; queue nothing before that is mended"
+        )
+
+
 def evaluate(arguments: argparse.Namespace) -> None:
     from aaae_dist.checkpoint import load_average, read_manifest
     from aaae_dist.evaluation import evaluate as judge
@@ -255,6 +282,7 @@ def read_image(path: str, *, channels: int, size: int) -> Any:
 
 COMMANDS = DATA_COMMANDS | {
     "train": train,
+    "preflight": preflight,
     "selftest": selftest,
     "evaluate": evaluate,
     "sample": sample,

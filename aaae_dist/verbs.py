@@ -8,6 +8,13 @@ from aaae_dist.arguments import SEED, Parser, argument, as_setting, group, verb,
 from aaae_dist.config import settings
 from aaae_dist.data_verbs import add_preparing, add_shards
 
+ENGINES = ("single", "ddp", "zero1", "zero2", "zero3", "fsdp2")
+CONFIG = argument(
+    "config",
+    nargs="+",
+    metavar="CONFIG",
+    help="TOML files (any fsspec URL) and section.key=value overrides, merged left to right",
+)
 RUN = argument("run", metavar="RUN", help="folder of a training (its training.run), or any fsspec URL")
 CHECKPOINT = argument(
     "--checkpoint",
@@ -34,6 +41,7 @@ def parser() -> Parser:
     verbs = top.add_subparsers(required=True, metavar="COMMAND")
     add_preparing(verbs)
     add_training(verbs)
+    add_preflight(verbs)
     add_status(verbs)
     add_selftest(verbs)
     add_using(verbs)
@@ -69,12 +77,7 @@ def add_training(verbs: Any) -> None:
         verbs,
         "train",
         "Train, or continue: the same command again goes on from the newest checkpoint.",
-        argument(
-            "config",
-            nargs="+",
-            metavar="CONFIG",
-            help="TOML files (any fsspec URL) and section.key=value overrides, merged left to right",
-        ),
+        CONFIG,
         example="aaae train configs/digits.toml training.run=runs/second training.seed=1",
     )
     made.epilog = f"{made.epilog}\n\n{settings_help()}"
@@ -97,6 +100,38 @@ def add_status(verbs: Any) -> None:
         ),
         example="aaae status s3://bucket/runs/photos --follow",
     )
+
+
+def add_preflight(verbs: Any) -> None:
+    """Configuration to what would fail."""
+    made = verb(
+        verbs,
+        "preflight",
+        "Say before the queue what would fail after it: settings, data, the store's speed, the engine, memory of each "
+        "network, the run's folder and its space, the time a save takes, MLflow, versions on all nodes of a SLURM "
+        "allocation. A line each on stdout, ok, warning or error with the remedy; exit code 2 if there is an error. "
+        "Run it where training will run: what is measured is this machine's.",
+        CONFIG,
+        argument("--nodes", type=whole(1, 100_000), default=1, metavar="N", help="nodes; default: 1"),
+        argument("--processes-per-node", type=whole(1, 1_000), default=1, metavar="P", help="on each; default: 1"),
+        argument(
+            "--engine",
+            default="",
+            choices=("", *ENGINES),
+            metavar="NAME",
+            help=f"{', '.join(ENGINES)}; default: what a launcher has asked for, else ddp for several processes",
+        ),
+        argument(
+            "--grace",
+            type=whole(1),
+            default=0,
+            metavar="SECONDS",
+            help="between the scheduler's signal and the end; default: only say how long a save takes",
+        ),
+        argument("--json", action="store_true", help="one JSON object on stdout, at the end"),
+        example="aaae preflight configs/digits.toml --nodes 2 --processes-per-node 4 --engine zero2 --grace 120",
+    )
+    made.hint = "; settings are given as section.key=value, without dashes"
 
 
 def add_selftest(verbs: Any) -> None:

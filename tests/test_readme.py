@@ -99,6 +99,16 @@ def test_the_demo_and_what_follows(workplace):
     assert (workplace / "sheet.png").exists()
 
 
+def test_the_preflight_finds_nothing(workplace):
+    done = run(f"aaae prepare digits --out store/digits\n{block_with('preflight')}", workplace)
+    lines = done.stdout.splitlines()[1:]
+    assert {line.split()[0] for line in lines} == {"ok"}, done.stdout
+    shown = re.search(r"```\n(ok .*?)```", (ROOT / "README.md").read_text(), flags=re.S)
+    assert shown
+    parts = {line[9:19] for line in lines}
+    assert {line[9:19] for line in shown[1].splitlines()} <= parts
+
+
 def test_the_selftest_finds_nothing_and_leaves_nothing(workplace):
     done = run(block_with("selftest"), workplace)
     assert [line.split()[0] for line in done.stdout.splitlines()] == ["ok"] * 5, done.stdout
@@ -112,6 +122,7 @@ def test_every_block_is_accounted_for():
         "prepare folder",
         "s3://bucket/runs",
         "train configs/digits.toml",
+        "preflight",
         "selftest",
         "track sync",
         "aaae status",

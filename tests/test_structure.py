@@ -24,6 +24,7 @@ ORDER = (  # a module imports only from those before it
     *("inference", "evaluation", "pieces", "fingerprint", "optimizer", "stopwatch", "engine", "fsdp", "zero"),
     *("launched", "execution", "checkpoint", "export", "agreement", "saving", "guard", "compatibility", "tracking"),
     *("system", "interval", "state", "training", "watch", "supervision", "selftest", "status"),
+    *("rates", "dry_step", "preflight"),
     *("data_commands", "commands", "cli"),
 )
 TREES = {path.stem: ast.parse(path.read_text()) for path in sorted(PACKAGE.glob("*.py"))}
