@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, GradientAccumulationPlugin, InitProcessGroupKwargs
-from jaxtyping import Float
+from jaxtyping import Float, Float64
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -142,13 +142,15 @@ class Engine:
         groups = [[weight.grad for weight in group["params"]] for group in self.adam.param_groups]
         return [[local(gradient) for gradient in group if gradient is not None] for group in groups]
 
-    def squared_norms(self) -> Float[Tensor, " network"]:
+    def squared_norms(self) -> Float64[Tensor, " network"]:
         """What this rank adds to the squared norm of the gradient of every network; what all have, rank 0 adds.
 
-        (So that all clip and judge by the same numbers, whatever their devices make of the last bits.)
+        So all clip and judge by the same numbers, whatever their devices make of the last bits. In float64, so that
+        engines do too, however they cut the gradients that are summed.
         """
-        norms = torch.stack([torch.nn.utils.get_total_norm(gradient) for gradient in self.gradients()])
-        return norms.square() if self.divided or distributed.rank() == 0 else torch.zeros_like(norms)
+        norms = (torch._foreach_norm(gradient, 2.0, dtype=torch.float64) for gradient in self.gradients())
+        squares = torch.stack([torch.stack(norm).square().sum() for norm in norms])
+        return squares if self.divided or distributed.rank() == 0 else torch.zeros_like(squares)
 
     def step(self, norms: Sequence[float]) -> None:
         """Step all networks.

@@ -206,16 +206,16 @@ class Trainer:
             turns.append(turn._replace(loss=turn.loss.detach()))
 
         # One small all-reduce: the codes' moments, the loss, wishes to stop and to save, a save that failed, the norms.
-        loss = torch.stack([turn.loss for turn in turns]).sum().to(moments.dtype)
-        means = torch.cat([moments.flatten(), loss.view(1)]) / (self.accumulation * distributed.world())
+        loss = torch.stack([turn.loss for turn in turns]).sum()
+        means = torch.cat([moments.flatten(), loss.view(1)]).double() / (self.accumulation * distributed.world())
         saver = self.state.saver
         ending = distributed.rank() == 0 and job_is_ending(saver.expected())  # one rank decides: clocks differ
         if ending and not self.stopping:
             log.info("the job ends soon, and saving takes %.0f s: the run stops here", saver.expected())
         wishes = [self.stop.signal is not None or ending, saver.is_due(), saver.problem() != ""]
-        squares = self.engine.squared_norms().to(means)
-        told = distributed.sum_over_ranks(torch.cat([means, means.new_tensor(wishes), squares]))
-        norms = told[-len(squares) :].sqrt_()
+        told = torch.cat([means, means.new_tensor(wishes), self.engine.squared_norms()])
+        told = distributed.sum_over_ranks(told)
+        norms = told[-len(self.networks) :].sqrt_()
         # Here, and only here, the host waits for the device.
         loss, stop, due, failed, *lengths = told[moments.numel() :].tolist()
         forward = self.engine.forwards.take()
@@ -235,7 +235,7 @@ class Trainer:
         else:
             self.state.steps += 1
             self.engine.step(lengths)
-            self.game.observe(*told[: moments.numel()].view_as(moments), images=training.batch_size)
+            self.game.observe(*told[: moments.numel()].view_as(moments).to(moments), images=training.batch_size)
             self.engine.averaged_moments.lerp_(self.game.moments, rate)
             self.interval.add_step(turns, norms, forward=forward)
         self.progress.advance(self.state.images)

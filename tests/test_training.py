@@ -328,11 +328,11 @@ def test_a_stop_of_one_is_known_to_all(tmp_path, digits, monkeypatch):
     trainer = trainer_for(*settings(tmp_path / "run", digits))
     trainer.progress = Progress(1_280, 0, visible=False)
     for stop in (0.0, 1.0):
-        wishes = [0.0, stop, 0.0, 0.0]  # the loss, stop, save, failed
+        wishes = [0.0, stop, 0.0, 0.0, *[0.0] * 5]  # the loss, stop, save, failed, norms
         monkeypatch.setattr(
             distributed,
             "sum_over_ranks",
-            lambda told, wishes=wishes: told + told.new_tensor([*[0.0] * (len(told) - 4), *wishes]),
+            lambda told, wishes=wishes: told + told.new_tensor([*[0.0] * (len(told) - len(wishes)), *wishes]),
         )
         trainer.step(trainer.next_batch())
         assert (trainer.stopping, trainer.stop.signal) == ((True, signal.SIGTERM) if stop else (False, None))
