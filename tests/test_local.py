@@ -1,0 +1,108 @@
+"""launch/local.sh: this machine alone, and several by a real ssh."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from conftest import awaited
+from servers import Daemon, free_port
+from training_runs import ROOT, assert_same_bits, environment, final, settings, train
+
+from aaae_dist import checkpoint
+
+LOCAL = ROOT / "launch" / "local.sh"
+SSHD_CONF = """\
+ListenAddress 127.0.0.1:{port}
+HostKey {folder}/host
+AuthorizedKeysFile {folder}/user.pub
+PidFile none
+StrictModes no
+UsePAM no
+PasswordAuthentication no
+"""
+
+
+@pytest.fixture(scope="module")
+def ssh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """How to reach an ssh server on 127.0.0.1, which lets in whoever has a key made for this."""
+    server = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin")
+    if server is None:
+        (pytest.fail if os.environ.get("CI") else pytest.skip)("sshd is not installed; .ci/run installs it")
+    folder, port = tmp_path_factory.mktemp("ssh"), free_port()
+    for key in ("host", "user"):
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / key], check=True)
+    (folder / "conf").write_text(SSHD_CONF.format(port=port, folder=folder))
+    Path("/run/sshd").mkdir(exist_ok=True)  # where it goes before it knows who comes
+    with ThreadPoolExecutor(1) as starter:
+        command = (server, "-D", "-e", "-f", str(folder / "conf"))
+        daemon = Daemon(*command, variables={}, log=folder / "log", starter=starter, port=port)
+        daemon.start()
+        options = "-o BatchMode=yes -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null -o LogLevel=ERROR"
+        yield f"ssh -F none -p {port} -i {folder}/user {options}"
+        daemon.kill()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A copy of the project, in which logs may be left. Its path is hard on shells."""
+    made = tmp_path / "a project's folder"
+    made.mkdir()
+    for name in ("aaae_dist", "launch", "configs"):
+        (made / name).symlink_to(ROOT / name)
+    return made
+
+
+def started(folder: Path, *arguments: str, **variables: str) -> subprocess.Popen[str]:
+    there = environment() | {"VENV": sys.prefix} | variables
+    line = ["bash", "launch/local.sh", *arguments]
+    return subprocess.Popen(line, cwd=folder, env=there, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_this_machine_alone(folder, tmp_path, digits):
+    """What accelerate launch does, under one name."""
+    run, other = tmp_path / "run", tmp_path / "other"
+    with started(folder, *settings(run, digits), PROCESSES="2") as process:
+        out, said = process.communicate(timeout=200)
+        assert (process.returncode, out) == (0, ""), said
+    train(*settings(other, digits), processes=2)
+    assert_same_bits(final(run), final(other))
+    assert checkpoint.read_manifest(str(run), checkpoint.complete(str(run))[-1]).engine == "ddp"
+    with started(folder, "configs/none.toml") as process:
+        _, said = process.communicate(timeout=100)
+        assert process.returncode != 0
+        assert "aaae: configs/none.toml: no such file" in said
+
+
+def test_several_hosts_by_ssh(folder, tmp_path, digits, ssh):
+    """Two names of this machine; the same bits as two processes that it starts itself."""
+    run, other, hosts = tmp_path / "run", tmp_path / "other", {"HOSTS": "127.0.0.1 localhost", "SSH": ssh}
+    with started(folder, *settings(run, digits), **hosts, PORT=str(free_port())) as process:
+        _, said = process.communicate(timeout=200)
+        assert process.returncode == 0, said
+    assert "1,280 of 1,280 images" in said
+    train(*settings(other, digits), processes=2)
+    assert_same_bits(final(run), final(other))
+    logs = sorted(path.name for path in (folder / "logs").glob("*/*.log"))
+    assert logs == ["0-127.0.0.1.log", "1-localhost.log"]
+
+
+def test_hosts_are_stopped_together_and_go_on(folder, tmp_path, digits, ssh):
+    run, hosts = str(tmp_path / "run"), {"HOSTS": "127.0.0.1 localhost", "SSH": ssh}
+    long = ("training.images=12_800", "checkpoint.every=640", "logging.every=320")
+    with started(folder, *settings(run, digits, *long), **hosts, PORT=str(free_port())) as process:
+        awaited(lambda: bool(checkpoint.complete(run)), of=process, seconds=120)
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=100)
+        assert process.returncode not in (0, -signal.SIGTERM), said
+    stopped = int(checkpoint.complete(run)[-1])
+    assert f"stopped as asked, after {stopped:,} of 12,800 images" in said
+    with started(folder, *settings(run, digits, *long), **hosts, PORT=str(free_port())) as process:
+        _, said = process.communicate(timeout=200)
+        assert process.returncode == 0, said
+    assert f"goes on from {stopped:,} images" in said
