@@ -12,13 +12,13 @@ demo: $(VENV)/installed
 	launch/demo.sh $(BIN)
 
 test: lint
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadgroup
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyrefly check
-	$(BIN)/shellcheck launch/*.sh .ci/run
+	$(BIN)/shellcheck launch/*.sh launch/slurm.sbatch .ci/run
 
 format: $(VENV)/installed-test
 	$(BIN)/ruff check --fix .

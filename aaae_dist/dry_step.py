@@ -130,12 +130,13 @@ def strides(config: Config) -> list[int]:
 def kept(game: GenerativeAutoencoder, config: Config, *, images: int) -> dict[str, int]:
     """`activations`, counted in a forward pass; what several keep counts for the first."""
     running, found = [""], dict.fromkeys(["", *dict(game.named_children())], 0)
-    seen = {tensor.untyped_storage().data_ptr() for tensor in (*game.parameters(), *game.buffers())}
+    # By their addresses; what has one is held on to, lest another get the same.
+    seen = {place.data_ptr(): place for place in map(Tensor.untyped_storage, (*game.parameters(), *game.buffers()))}
 
     def keep(tensor: Tensor) -> Tensor:
         place = tensor.untyped_storage()
         if place.data_ptr() not in seen:
-            seen.add(place.data_ptr())
+            seen[place.data_ptr()] = place
             found[running[0]] += place.nbytes()
         return tensor
 
@@ -147,10 +148,9 @@ def kept(game: GenerativeAutoencoder, config: Config, *, images: int) -> dict[st
         hooks.append(network.register_forward_pre_hook(lambda *_, name=name: enter(name)))
         hooks.append(network.register_forward_hook(lambda *_: enter("")))
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = forward(game, config, *drawn(game, config, images=images))
+        forward(game, config, *drawn(game, config, images=images))
     for hook in hooks:
         hook.remove()
-    del loss  # only now: memory that is free is given to other tensors, at the same address
     return found
 
 

@@ -25,9 +25,9 @@ from aaae_dist.errors import UserError, one_line
 from aaae_dist.execution import arrange, refuse_compiling
 from aaae_dist.failures import explained, short_of_memory
 from aaae_dist.launched import ENGINES, launched_name
+from aaae_dist.progress import counted
 from aaae_dist.rates import read_rate, refuse_read_only, write_rate
 from aaae_dist.reader import Reader
-from aaae_dist.selftest import counted
 from aaae_dist.tracking import harmless, local_folder, settle_mlflow
 from aaae_dist.versions import differences, installed, installed_on, nodes_at_hand
 from aaae_dist.zero import refuse_missing_deepspeed
@@ -101,6 +101,7 @@ class Preflight:
         self.readers: list[Reader] = []  # of what is trained on
         self.game: GenerativeAutoencoder | None = None
         self.seconds = 0.0  # of a dry step
+        self.took = 0.0  # seconds, the newest checkpoint of this run, if there is one
         self.writable = False  # the run's folder
 
     def findings(self) -> Iterator[Finding]:
@@ -137,6 +138,8 @@ class Preflight:
         """What the run goes on from."""
         refuse_changes(self.config, self.run)
         names = checkpoint.complete(self.run)
+        if names:
+            self.took = checkpoint.read_manifest(self.run, names[-1]).seconds
         if not names:
             yield "ok", f"{self.run}: a new run"
         elif int(names[-1]) < self.training.images:
@@ -299,9 +302,10 @@ class Preflight:
             return
         size = dry_step.checkpoint_bytes(self.game)
         rate = write_rate(self.run, most=size)
+        saving = self.took or size / rate
         step = self.seconds * self.training.batch_size / (self.ranks * self.micro) if self.micro else 0.0
-        need = 2 * size / rate + step
-        told = f"written at {mb(rate)}/s, a checkpoint takes {size / rate:.1f} s; from the signal to the end up to "
+        need = 2 * saving + step
+        told = f"written at {mb(rate)}/s, a checkpoint takes {saving:.1f} s; from the signal to the end up to "
         told += f"{math.ceil(need)} s (the save under way, a step, the last save)"
         if not self.grace:
             yield "ok", f"{told}; see that the scheduler grants so much, as by --signal"

@@ -16,6 +16,11 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
 
 
+def counted(number: int, what: str) -> str:
+    """So many of something."""
+    return f"{number:,} {what}" + "s" * (number != 1)
+
+
 class Progress:
     """Of a training, counted in images."""
 

@@ -20,6 +20,7 @@ from aaae_dist.checkpoint import DamagedError, Manifest, load
 from aaae_dist.errors import UserError
 from aaae_dist.pieces import Piece
 from aaae_dist.preparation import Recipe, prepare
+from aaae_dist.progress import counted
 from aaae_dist.sources import digits
 from aaae_dist.stopping import StopRequest
 from aaae_dist.supervision import EndedError, Supervisor
@@ -258,10 +259,6 @@ class Selftest:
         """The engine that saved something, if anything was."""
         names = checkpoint.complete(self.run)
         return checkpoint.read_manifest(self.run, names[-1]).engine if names else "no engine"
-
-
-def counted(number: int, what: str) -> str:
-    return f"{number} {what}" + "s" * (number != 1)
 
 
 def device() -> str:

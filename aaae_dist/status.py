@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from aaae_dist import checkpoint, storage
 from aaae_dist.guard import ROLLBACKS, read_rollbacks
 from aaae_dist.interval import slow_data, straggler
-from aaae_dist.progress import duration
+from aaae_dist.progress import counted, duration
 from aaae_dist.quarantine import QUARANTINE, Quarantine
 from aaae_dist.tracking import UPLOAD_SECONDS, parse_lines, read_about
 
@@ -202,10 +202,6 @@ def text(found: Mapping[str, Any], *, now: float) -> str:
 
 def shown(figures: Mapping[str, float]) -> str:
     return ", ".join(f"{name.removeprefix('reconstruction/')} {value:.4g}" for name, value in figures.items())
-
-
-def counted(count: int, what: str) -> str:
-    return f"{count:,} {what}{'s' * (count != 1)}"
 
 
 def views(run: str, *, follow: bool) -> Iterator[dict[str, Any]]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import psutil
-from servers import PATIENCE, Daemon, free_port
+from servers import PATIENCE, Daemon, free_port, tail
 
 # Steps are seen to without cgroups, so that this runs in a container. A requeued job waits two minutes, unless told.
 SLURM_CONF = """\
@@ -45,7 +45,7 @@ SelectTypeParameters=CR_CPU
 SchedulerParameters=sched_interval=1,bf_interval=1,sched_min_interval=20000,batch_sched_delay=0
 ReturnToService=2
 SlurmctldTimeout=10
-SlurmdTimeout=5
+SlurmdTimeout=20
 KillWait=30
 MessageTimeout=10
 MinJobAge=600
@@ -76,6 +76,10 @@ class Slurm:
         said = self.call("scontrol", "show", "job", "--oneliner", number)
         return dict(re.findall(r"(\S+?)=(\S*)", said))
 
+    def log(self) -> str:
+        """What the controller and the nodes have said last."""
+        return "\n".join(f"--- {log.name}\n{tail(log)}" for log in sorted(self.folder.glob("*.log")))
+
     def wait(self, number: str, *states: str, seconds: float = 150.0) -> dict[str, str]:
         """The job, when it is in one of these states; by default, when it has ended."""
         deadline = time.monotonic() + seconds
@@ -85,24 +89,34 @@ class Slurm:
         return found
 
     def start_again(self, number: str) -> None:
-        """Start a job that was requeued, instead of in two minutes."""
+        """Start a job that was requeued, instead of in two minutes: not before its last start is over."""
         self.wait(number, "PENDING")
-        self.call("scontrol", "update", f"JobId={number}", "StartTime=now")
+        deadline = time.monotonic() + PATIENCE
+        while any(self.processes(SLURM_JOB_ID=number)):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        # Nodes tell a job's starts apart by the second: one in the second in which the last was ended is refused.
+        self.call("scontrol", "update", f"JobId={number}", "StartTime=now+3")
 
     def kill_node(self, name: str) -> None:
         """As a power cut would: its daemon, and every process of every job on it."""
         self.nodes[name].kill()
-        for process in psutil.process_iter():
-            with suppress(psutil.Error):
-                there = process.environ()
-                if there.get("SLURM_CONF") == self.variables["SLURM_CONF"] and there.get("SLURMD_NODENAME") == name:
-                    process.kill()
+        for process in self.processes(SLURMD_NODENAME=name):
+            process.kill()
         for process in psutil.process_iter(["cmdline"]):  # what watches over a job on a node has that in its files
             with suppress(psutil.Error):
                 if " ".join(process.info["cmdline"] or []).startswith("slurmstepd") and any(
                     f"slurmd-{name}.log" in opened.path for opened in process.open_files()
                 ):
                     process.kill()
+
+    def processes(self, **variables: str) -> Iterator[psutil.Process]:
+        """Those of jobs of this cluster with these variables."""
+        wanted = self.variables | variables
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                if wanted.items() <= process.environ().items():
+                    yield process
 
 
 def slurm_is_installed() -> bool:

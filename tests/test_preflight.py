@@ -271,17 +271,17 @@ def test_activations_grow_as_is_said(precision):
 def test_activations_are_those_of_the_game():
     """All of it, by whoever keeps it, is what autograd keeps in all."""
     game, config = game_of()
-    kept: dict[int, int] = {}
+    kept: dict[int, torch.UntypedStorage] = {}
     own = {tensor.untyped_storage().data_ptr() for tensor in (*game.parameters(), *game.buffers())}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         turn = game(torch.rand(16, 1, 8, 8), sample_keys(0, 0, 16))
     found = activations(game, config, images=16)
-    assert sum(found.values()) == sum(size for place, size in kept.items() if place not in own)
+    assert sum(found.values()) == sum(place.nbytes() for address, place in kept.items() if address not in own)
     assert min(found[name] for name, _ in game.named_children()) > 0
     turn.loss.backward()
 
