@@ -17,6 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from math import prod
 from typing import Any, Literal
 
 import safetensors.torch
@@ -146,6 +147,11 @@ def publish(place: str, manifest: Manifest, parts: Sequence[Part]) -> None:
     Args:
         manifest: as it is without the parts.
     """
+    held = Counter[str]()
+    for file in (file for part in parts for file in part.files.values()):
+        held.update({tensor: stop - start for tensor, (start, stop) in file.holds.items()})
+    if odd := next((name for name, shape in manifest.shapes.items() if held[name] != prod(shape)), ""):
+        raise RuntimeError(f"{place}: {held[odd]} values of {odd}, which has {prod(manifest.shapes[odd])}")
     numbers = Counter[str]()
     for part in parts:
         numbers.update(part.fingerprints)

@@ -63,15 +63,15 @@ def refuse_other_ranks(config: Config, run: str) -> None:
     """Compare the settings of all ranks, which may come from files of their nodes. All ranks must call it.
 
     Raises:
-        UserError: they differ; the setting is named. Only the place of the cache may.
+        UserError: they differ; the setting is named. Only what is of a node by itself may: its cache and workers.
     """
     ranks = distributed.gather(config.flat())
     for rank, settings in enumerate(ranks):
         for key, value in ranks[0].items():
-            if settings[key] != value and key != "data.cache":
+            if settings.get(key) != value and key not in ("data.cache", "data.cache_gb", "data.workers"):
                 raise UserError(
-                    f"{key} {settings[key]!r} on rank {rank}: rank 0 of {run} has {value!r}; give all nodes the same "
-                    "configuration"
+                    f"{key} {settings.get(key)!r} on rank {rank}: rank 0 of {run} has {value!r}; give all nodes the "
+                    "same configuration"
                 )
 
 

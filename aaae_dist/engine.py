@@ -1,5 +1,6 @@
 """One process, or DDP: every rank has all. What the other engines change of it is in rooms of their own."""
 
+import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -146,10 +147,12 @@ class Engine:
         """What this rank adds to the squared norm of the gradient of every network; what all have, rank 0 adds.
 
         So all clip and judge by the same numbers, whatever their devices make of the last bits. In float64, so that
-        engines do too, however they cut the gradients that are summed.
+        engines do too, however they cut the gradients that are summed; but what is beyond float32, in which Adam
+        squares gradients, is infinite.
         """
         norms = (torch._foreach_norm(gradient, 2.0, dtype=torch.float64) for gradient in self.gradients())
         squares = torch.stack([torch.stack(norm).square().sum() for norm in norms])
+        squares = torch.where(squares > torch.finfo(torch.float32).max, math.inf, squares)
         return squares if self.divided or distributed.rank() == 0 else torch.zeros_like(squares)
 
     def step(self, norms: Sequence[float]) -> None:

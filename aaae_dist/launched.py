@@ -27,6 +27,7 @@ DEEPSPEEDS = "the engine chooses DeepSpeed's settings; leave it out"
 # What accelerate's launcher can ask for beside the engine, and we would not do: the variable, and what to do instead.
 NOT_OURS = {
     "ACCELERATE_DYNAMO_BACKEND": "compiled as a whole, the game has wrong losses; set training.compile instead",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "all ranks are of one group here; leave it out",
     "ACCELERATE_GRADIENT_CLIPPING": "set optimizer.clip instead, which holds for each network",
     "ACCELERATE_DEEPSPEED_CONFIG_FILE": DEEPSPEEDS,
     "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": OFFLOADED,

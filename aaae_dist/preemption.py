@@ -18,21 +18,18 @@ from aaae_dist.failures import explained
 LAUNCHERS_PATIENCE = 30.0  # seconds, where nothing is set
 MARGIN = 20.0  # seconds for what comes after the save, and for clocks that are not the controller's
 AGAIN = "again"
+BEGAN = time.time()  # an end before that is another job's
 
 
-def seconds_to_stop(saving: float) -> float:
-    """What one needs to stop in order: a save may be under way, and another follows."""
-    return 2 * saving + MARGIN
-
-
-def job_is_ending(saving: float) -> bool:
-    """Whether the job's end leaves no more time than stopping takes.
+def job_is_ending(saving: float, *, judging: float = 0.0) -> bool:
+    """Whether the job's end leaves no more time than stopping takes: a save may be under way, and another follows.
 
     Args:
         saving: seconds that a save takes.
+        judging: seconds that an evaluation takes, which may come before.
     """
     end = os.environ.get("SLURM_JOB_END_TIME", "")
-    return end.isdigit() and time.time() > int(end) - seconds_to_stop(saving)
+    return end.isdigit() and int(end) > BEGAN and time.time() > int(end) - 2 * saving - judging - MARGIN
 
 
 def complain_of_grace(saving: float) -> str:

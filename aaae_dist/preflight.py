@@ -138,8 +138,13 @@ class Preflight:
         """What the run goes on from."""
         refuse_changes(self.config, self.run)
         names = checkpoint.complete(self.run)
-        if names:
-            self.took = checkpoint.read_manifest(self.run, names[-1]).seconds
+        while names:
+            try:
+                self.took = checkpoint.read_manifest(self.run, names[-1]).seconds
+                break
+            except checkpoint.DamagedError as error:
+                yield "warning", f"{error}; training would pass it over"
+                names.pop()
         if not names:
             yield "ok", f"{self.run}: a new run"
         elif int(names[-1]) < self.training.images:

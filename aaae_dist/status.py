@@ -8,6 +8,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 from aaae_dist import checkpoint, storage
+from aaae_dist.errors import UserError
 from aaae_dist.guard import ROLLBACKS, read_rollbacks
 from aaae_dist.interval import slow_data, straggler
 from aaae_dist.progress import counted, duration
@@ -82,10 +83,13 @@ def newest_checkpoint(run: str, names: Sequence[str], damage: list[str]) -> Save
     for name in reversed(names):
         try:
             files = checkpoint.read_manifest(run, name).files
-        except checkpoint.DamagedError as error:
-            damage.append(str(error))
+            when = storage.modified(storage.join(checkpoint.folder(run), name, checkpoint.COMPLETE))
+        except UserError as error:
+            if name in checkpoint.complete(run):  # else a training removed it meanwhile
+                if not isinstance(error, checkpoint.DamagedError):
+                    raise
+                damage.append(str(error))
             continue
-        when = storage.modified(storage.join(checkpoint.folder(run), name, checkpoint.COMPLETE))
         return Saved(int(name), when, sum(file.bytes for file in files.values()))
     return None
 

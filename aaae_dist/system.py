@@ -43,12 +43,19 @@ class Node:
         self.device = device
         self.speaks = of_launcher("LOCAL_RANK", "0") == 0  # one rank of a node is enough
         self.has_utilisation = device.type == "cuda" and answers(device)
+        self.told = False  # that there are no figures
         psutil.cpu_percent()  # which tells of the time since it was asked before
         self.looked, self.traffic = time.perf_counter(), traffic()
 
     def figures(self) -> dict[str, float]:
         """Of the time since the last look: what the first rank of a node tells of it, and every rank of its GPU."""
-        return (self.of_machine() if self.speaks else {}) | self.of_gpu()
+        try:
+            return (self.of_machine() if self.speaks else {}) | self.of_gpu()
+        except Exception as error:  # of psutil, NVML or a disk that is gone: training does not end for want of a figure
+            if not self.told:
+                log.warning("%s tells nothing of itself (%s); training goes on", self.name, one_line(error))
+            self.told = True
+            return {}
 
     def of_machine(self) -> dict[str, float]:
         """Processors, memory, disks, network."""

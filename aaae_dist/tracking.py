@@ -245,6 +245,10 @@ class Delivery:
                 self.pictures.add(int(name[:-4]))
 
 
+class OvertakenError(UserError):
+    """Another training has begun in the same place since."""
+
+
 class Tracker:
     """What rank 0 reports with. Nothing here waits for MLflow but `close`, and that not for long.
 
@@ -293,16 +297,15 @@ class Tracker:
         """Have every line where no kill can reach it, before a checkpoint says that it was written.
 
         Raises:
-            UserError: the store fails, or another training has begun there since: on a disk a lock keeps that away, in
-                an object store nothing does.
+            UserError: the store fails, or another training has begun there since, which only a disk's lock keeps away.
         """
-        self.refuse_another()
         if not storage.is_local(self.run):  # there it is as soon as it is written
+            self.refuse_another()
             self.journal.upload()
 
     def refuse_another(self) -> None:
         if read_about(self.run).get("attempt") != self.attempt:
-            raise UserError(
+            raise OvertakenError(
                 f"{self.run}: another training has begun there since this one did; end one of the two, or give them "
                 "different places in training.run"
             )
@@ -333,10 +336,14 @@ class Tracker:
 
     def close(self, status: str) -> None:
         """End the report. `status`: FINISHED, KILLED (stopped by a signal) or FAILED."""
-        self.about["status"] = status
         try:
             self.flush()
+            self.about["status"] = status
             storage.write_json(storage.join(self.run, "about.json"), self.about)
+        except UserError as error:
+            if not isinstance(error, OvertakenError):  # else MLflow is to hear of the other training alone
+                self.about["status"] = status
+            raise
         finally:
             self.parting.set()
             self.news.set()

@@ -80,6 +80,7 @@ class Trainer:
 
         self.state = State(config, self.engine, self.readers)
         self.guard = self.state.guard
+        self.judging = 0.0  # seconds that the last evaluation and picture took
         self.judged: tuple[int, dict[str, float]] = (0, {})  # after so many images, the last evaluation
 
         self.stopping = self.saving_is_due = False
@@ -209,7 +210,7 @@ class Trainer:
         loss = torch.stack([turn.loss for turn in turns]).sum()
         means = torch.cat([moments.flatten(), loss.view(1)]).double() / (self.accumulation * distributed.world())
         saver = self.state.saver
-        ending = distributed.rank() == 0 and job_is_ending(saver.expected())  # one rank decides: clocks differ
+        ending = distributed.rank() == 0 and job_is_ending(saver.expected(), judging=self.judging)  # its clock decides
         if ending and not self.stopping:
             log.info("the job ends soon, and saving takes %.0f s: the run stops here", saver.expected())
         wishes = [self.stop.signal is not None or ending, saver.is_due(), saver.problem() != ""]
@@ -281,7 +282,8 @@ class Trainer:
                 self.draw(networks)
             if self.due(self.config.evaluation.every):
                 self.evaluate(networks)
-        self.interval.began += time.perf_counter() - began  # the interval's images per second are training's
+        self.judging = time.perf_counter() - began
+        self.interval.began += self.judging  # the interval's images per second are training's
 
     def draw(self, networks: GenerativeAutoencoder) -> None:
         """A picture of samples of fixed noise and of fixed reconstructions; all ranks draw the same."""

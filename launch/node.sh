@@ -23,10 +23,14 @@ fi
 
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${GRACE:-120}  # the launcher's own 30 seconds are short for a save
+trap '' USR1  # until somebody listens for it: an ignored signal stays so over exec
+# One process needs no launcher, and accelerate's for one would die of SIGTERM before it.
+[ "$engine" != single ] || exec aaae train "$@"
+# It is to pass SIGUSR1 on, which it would die of, leaving its ranks behind; some clusters send it to this process alone.
+export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
 options=(--config_file "launch/$engine.yaml" --num_processes $((NODES * processes)))
 if [ "$NODES" -gt 1 ]; then
   options+=(--num_machines "$NODES" --machine_rank "$NODE" --main_process_ip "$HEAD" --main_process_port "${PORT:-29500}")
   options+=(--rdzv_backend static --same_network)
 fi
-trap '' USR1  # the launcher would die of it and orphan its ranks; an ignored signal stays so over exec, and ranks listen anew
 exec accelerate launch "${options[@]}" -m aaae_dist train "$@"

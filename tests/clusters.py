@@ -16,7 +16,8 @@ from tempfile import TemporaryDirectory
 import psutil
 from servers import PATIENCE, Daemon, free_port, tail
 
-# Steps are seen to without cgroups, so that this runs in a container. A requeued job waits two minutes, unless told.
+# Steps are seen to without cgroups, so that this runs in a container. Like these, and unlike linuxproc, pgid signals a
+# step's first processes alone. A requeued job waits two minutes, unless told.
 SLURM_CONF = """\
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -33,7 +34,7 @@ SlurmctldPidFile={folder}/slurmctld.pid
 SlurmdPidFile={folder}/slurmd-%n.pid
 SlurmctldLogFile={folder}/slurmctld.log
 SlurmdLogFile={folder}/slurmd-%n.log
-ProctrackType=proctrack/linuxproc
+ProctrackType=proctrack/pgid
 TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
@@ -106,7 +107,7 @@ class Slurm:
         for process in psutil.process_iter(["cmdline"]):  # what watches over a job on a node has that in its files
             with suppress(psutil.Error):
                 if " ".join(process.info["cmdline"] or []).startswith("slurmstepd") and any(
-                    f"slurmd-{name}.log" in opened.path for opened in process.open_files()
+                    opened.path == f"{self.folder}/slurmd-{name}.log" for opened in process.open_files()
                 ):
                     process.kill()
 

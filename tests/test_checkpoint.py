@@ -138,6 +138,20 @@ def test_what_a_power_cut_left_of_a_part_is_none(run, left):
     assert newest(run) == f"{64:012d}"
 
 
+def test_what_is_there_twice_or_not_at_all_is_no_checkpoint(run):
+    """As where ranks divide the tensors otherwise than they say."""
+    save(run, 128, world=2)
+    manifest = checkpoint.read_manifest(run, checkpoint.name_of(128))
+    place, parts = storage.join(checkpoint.folder(run), checkpoint.name_of(192)), []
+    for rank in range(2):
+        checkpoint.save_part(place, cut(7, world=2, rank=rank), rank=rank, attempt="x")
+        parts.append(checkpoint.saved_part(place, rank=rank, attempt="x"))
+    for wrong in (parts[:1], [*parts, parts[0]]):
+        with pytest.raises(RuntimeError, match=r"values of .*, which has"):
+            checkpoint.publish(place, manifest, wrong)
+    assert checkpoint.complete(run) == [checkpoint.name_of(128)]
+
+
 def test_a_run_without_checkpoints_begins_anew(run):
     assert restored(run) is None
 
@@ -310,13 +324,11 @@ def test_what_a_training_removes_meanwhile_is_no_damage(run, monkeypatch):
 
 def test_files_that_do_not_hold_all_are_damage(run):
     save(run, 100, world=2)
-    place = storage.join(checkpoint.folder(run), "000000000100")
-    manifest, part = (
-        checkpoint.read_manifest(run, "000000000100"),
-        checkpoint.saved_part(place, rank=0, attempt="x"),
-    )
-    assert part
-    checkpoint.publish(place, manifest, [part])
+    place, manifest = storage.join(checkpoint.folder(run), f"{100:012d}"), checkpoint.read_manifest(run, f"{100:012d}")
+    half = {file: about for file, about in manifest.files.items() if file.startswith("00000")}
+    data = manifest.model_copy(update={"files": half}).model_dump_json().encode()
+    storage.write(storage.join(place, "manifest.json"), data)
+    storage.write(storage.join(place, "COMPLETE"), hashlib.sha256(data).hexdigest().encode())
     with pytest.raises(UserError, match=r"manifest.json: no file holds all of encoder.weight"):
         restored(run)
 

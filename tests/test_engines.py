@@ -200,6 +200,7 @@ def test_resumed_in_the_same_engine_it_ends_with_the_same_bits(folder, digits, e
         ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "ACCELERATE_DYNAMO_BACKEND=INDUCTOR, an option of accelerate's"),
         (ZERO | {"ACCELERATE_GRADIENT_CLIPPING": "0.5"}, "ACCELERATE_GRADIENT_CLIPPING=0.5, an option of accelerate's"),
         ({"FSDP_ACTIVATION_CHECKPOINTING": "true"}, "FSDP_ACTIVATION_CHECKPOINTING=true, an option of accelerate's"),
+        ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, "ACCELERATE_USE_PARALLELISM_CONFIG=true, an option of"),
         ({"FSDP_OFFLOAD_PARAMS": "true"}, "FSDP_OFFLOAD_PARAMS=true, an option of accelerate's launcher: nothing is"),
         (ZERO | {"PYTHONPATH": "without"}, "zero_stage 2: DeepSpeed is not installed; pip install 'aaae_dist"),
     ],

@@ -49,7 +49,8 @@ def test_what_a_node_cannot_start_is_one_line(tmp_path, variables, line):
 
 def test_a_node_starts_its_ranks(tmp_path):
     """One of several: over the interface that leads to another, with the time to save, and deaf to SIGUSR1."""
-    shown = 'printf "%s\\n" "$@" "$GLOO_SOCKET_IFNAME" "$NCCL_SOCKET_IFNAME" "$TORCH_ELASTIC_SHUTDOWN_TIMEOUT"; '
+    names = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "PET_SIGNALS_TO_HANDLE")
+    shown = f"printf '%s\\n' \"$@\"; printenv {' '.join(names)}; "
     program(tmp_path, "accelerate", shown + 'grep -i sigign "/proc/$$/status"')
     job = {"NODES": "2", "NODE": "1", "HEAD": "127.0.0.1", "PORT": "1234", "PROCESSES": "4", "ENGINE": "zero2"}
     done = run(tmp_path, NODE, "configs/smoke.toml", "training.seed=1", GRACE="77", **job)
@@ -59,9 +60,16 @@ def test_a_node_starts_its_ranks(tmp_path):
         *("launch", "--config_file", "launch/zero2.yaml", "--num_processes", "8", "--num_machines", "2"),
         *("--machine_rank", "1", "--main_process_ip", "127.0.0.1", "--main_process_port", "1234"),
         *("--rdzv_backend", "static", "--same_network", "-m", "aaae_dist", "train", "configs/smoke.toml"),
-        *("training.seed=1", "lo", "lo", "77"),
+        *("training.seed=1", "lo", "lo", "77", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"),
     ]
     assert int(ignored.split()[1], 16) >> (10 - 1) & 1, "SIGUSR1 has number 10"
+
+
+def test_one_process_needs_no_launcher(tmp_path):
+    """Which would die of SIGTERM before it has saved."""
+    program(tmp_path, "aaae", 'echo "$*"')
+    done = run(tmp_path, NODE, "configs/smoke.toml", NODES="1", NODE="0", HEAD="x", ENGINE="single")
+    assert (done.returncode, done.stdout) == (0, "train configs/smoke.toml\n")
 
 
 # --- a job
@@ -73,11 +81,12 @@ def job(tmp_path: Path) -> Path:
     for name in ("launch", "configs"):
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
-    program(
-        tmp_path,
-        "scontrol",
-        'echo "scontrol $*" >> told; case $* in "show node"*) echo NodeAddr=10.0.0.1;; *requeue*) ;; *) echo n1;; esac',
+    answers = (
+        '"show node"*) echo NodeAddr=10.0.0.1;;',
+        '"show hostnames"*) printf "n1\\nn2\\n";;',
+        "requeue*) exit ${REFUSED:-0};;",
     )
+    program(tmp_path, "scontrol", f'echo "scontrol $*" >> told; case $* in {" ".join(answers)} esac')
     program(tmp_path, "squeue", "echo 2026-11-28T12:00:00")
     program(tmp_path, "sleep", "exit 0")
     return tmp_path
@@ -102,6 +111,7 @@ NOT_AGAIN = "stopped and saved, and not started again: "
         ("exit 2", {}, 2, "the training ended with exit code 2", False),
         (STOPPED, {}, 75, "stopped and saved; it is queued again", True),
         (f"{STOPPED}; exit 1", {}, 75, "stopped and saved; it is queued again", True),
+        (STOPPED, {"REFUSED": "1"}, 75, f"{NOT_AGAIN}SLURM does not queue it", True),
         (STOPPED, {"REQUEUES": "1"}, 75, f"{NOT_AGAIN}it was, 1 times; REQUEUES is the limit", False),
         (STOPPED.replace("again", "'no further'"), {}, 75, f"{NOT_AGAIN}no further", False),
         (f"{STOPPED}; kill -TERM $PPID", {}, 75, "stopped and saved; SLURM decides", False),
@@ -117,7 +127,10 @@ def test_a_job_ends_as_its_training_did(job, srun, variables, code, word, again)
 
 def test_a_job_whose_node_does_not_answer_waits_for_slurm(job):
     program(job, "srun", "exit 1")
-    assert ended(job) == (1, "a node does not answer: waiting until SLURM finds it lost, and queues the job again")
+    assert ended(job, SLURM_JOB_NUM_NODES="2") == (
+        1,
+        "a node does not answer: waiting until SLURM finds it lost, and queues the job again",
+    )
 
 
 def test_an_error_that_the_preflight_finds_ends_the_first_start_and_no_other(job):
@@ -164,3 +177,29 @@ def test_every_task_of_an_array_has_a_word_of_its_own(job):
     program(job, "srun", 'printf "%s\\n" "${@: -2}" > line')
     assert ended(job, SLURM_ARRAY_TASK_ID="1", VARIANTS="one.toml two.toml")[0] == 0
     assert (job / "line").read_text().split() == ["configs/smoke.toml", "two.toml"]
+
+
+def test_a_task_of_an_array_queues_itself_again_and_no_other(job):
+    """Its number may be that of the whole array."""
+    program(job, "srun", STOPPED)
+    task = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "1", "VARIANTS": "one.toml\ntwo.toml"}
+    assert ended(job, **task) == (75, "stopped and saved; it is queued again")
+    assert "scontrol requeue 7_1" in (job / "told").read_text().splitlines()
+
+
+@pytest.mark.parametrize(
+    ("said", "end"),
+    [
+        ("echo 2026-11-28T12:00:00", True),
+        ("echo N/A", False),
+        ("exit 1", False),
+        ("printf '2026-11-28T12:00:00\\n2026-11-28T12:00:00\\n'", False),
+    ],
+)
+def test_the_end_of_a_job_is_told_where_it_is_known(job, said, end):
+    program(job, "squeue", said)
+    program(job, "srun", 'echo "${SLURM_JOB_END_TIME:-none} $SLURM_EXPORT_ENV" > end')
+    assert ended(job)[0] == 0
+    found, exported = (job / "end").read_text().split()
+    assert found.isdigit() == end
+    assert exported == "ALL"

@@ -16,10 +16,13 @@ from aaae_dist.preemption import MARGIN, complain_of_grace, job_is_ending, leave
 
 def test_a_job_is_ending_when_what_is_left_is_not_more_than_stopping_takes(monkeypatch):
     monkeypatch.setattr(time, "time", lambda: 1000.0)
+    monkeypatch.setattr("aaae_dist.preemption.BEGAN", 900.0)
     for end, saving, ending in (("1141", 60.0, False), ("1139", 60.0, True), (f"{1001 + MARGIN:.0f}", 0.0, False)):
         monkeypatch.setenv("SLURM_JOB_END_TIME", end)
         assert job_is_ending(saving) == ending
-    for unknown in ("", "Unknown"):
+    monkeypatch.setenv("SLURM_JOB_END_TIME", "1141")
+    assert job_is_ending(60.0, judging=2.0)
+    for unknown in ("", "Unknown", "899"):
         monkeypatch.setenv("SLURM_JOB_END_TIME", unknown)
         assert not job_is_ending(1e9)
 

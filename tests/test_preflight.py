@@ -127,6 +127,14 @@ def test_a_run_that_is_there(digits, tmp_path):
     assert more["run"] == ("run", "ok", f"{tmp_path}/run: goes on from 1,280 images")
     assert wrong(look(*arguments, "model.width=8"))["run"].startswith("model.width 8: the run in ")
     assert sorted(tmp_path.rglob("*")) == files
+    newest = tmp_path / "run" / "checkpoints" / "000000001280" / "manifest.json"
+    whole = newest.read_bytes()
+    newest.write_bytes(whole[:-1])
+    found = [finding for finding in look(*arguments, "training.images=6400") if finding.part == "run"]
+    assert [finding.verdict for finding in found] == ["warning", "ok"]
+    assert found[0].sentence.endswith("training would pass it over")
+    assert found[1].sentence.endswith("goes on from 640 images")
+    newest.write_bytes(whole)
 
     # What is predicted of a checkpoint is what was saved.
     game, _ = game_of()

@@ -42,6 +42,14 @@ def test_this_machine(tmp_path):
     assert 0.01 < peak_memory_gb(CPU) < 100
 
 
+def test_a_figure_that_cannot_be_had_ends_no_training(monkeypatch, caplog):
+    """As of a disk that is away, or where a container has lost its driver's library."""
+    node = Node(["/"], device=CPU)
+    monkeypatch.setattr(module, "disk_percent", lambda folder: 1 / 0)
+    assert node.figures() == node.figures() == {}
+    assert caplog.text.count("tells nothing of itself (division by zero); training goes on") == 1
+
+
 def test_a_disk_that_is_half_full_is_the_fullest(full_disk, tmp_path):
     (full_disk / "file").write_bytes(bytes(32 * 1024))
     figures = Node([str(full_disk / "run"), "/dev/shm"], device=CPU).figures()

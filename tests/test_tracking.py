@@ -439,6 +439,7 @@ def test_the_training_that_began_first_gives_way_to_another_in_the_same_folder(s
         first.flush()
     with pytest.raises(UserError):
         first.close("FAILED")
+    assert first.about["status"] == "RUNNING", "MLflow hears of the other training, which is the same run there"
     second.flush()
     second.close("FINISHED")
     assert json.loads(storage.read(f"{s3}/run/about.json"))["status"] == "FINISHED"
