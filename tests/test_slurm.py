@@ -116,12 +116,18 @@ def test_two_nodes_train_from_s3_to_the_end(cluster, project, submit, s3, digits
     assert {log.name[:2] for log in (project / "logs" / number).glob("*.log")} == {"0-", "1-"}
 
 
-def test_the_end_of_the_time_costs_no_image(cluster, project, submit, tmp_path, digits, whole):
-    """The signal that SLURM sends the batch shell alone, for --signal=B:USR1@..."""
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("scancel", "--batch", "--signal=USR1"),  # what --signal=B:USR1@... sends the batch shell alone
+        ("scontrol", "requeue"),  # SIGTERM to every process
+    ],
+)
+def test_a_job_that_starts_again_has_lost_no_image(cluster, project, submit, tmp_path, digits, whole, command):
     run = str(tmp_path / "run")
     number = submit(*settings(run, digits, *LONG), options=("--nodes=2",), PROCESSES="2")
     awaited(lambda: under_way(run), seconds=120)
-    cluster.call("scancel", "--batch", "--signal=USR1", number)
+    cluster.call(*command, number)
     cluster.start_again(number)
     ended_well(cluster, project, number, restarts=1)
     assert gone_on_from(project, number) == [stopped_after(project, number)]
@@ -158,18 +164,6 @@ def test_an_array_of_three_configurations_is_one_experiment(cluster, project, su
     assert sorted(found) == [
         (name, "FINISHED", "aaae", seed) for name, seed in zip(("one", "three", "two"), "021", strict=True)
     ]
-
-
-def test_scontrol_requeue_costs_no_image(cluster, project, submit, tmp_path, digits, whole):
-    """SIGTERM to every process; the launchers leave their ranks the time to save."""
-    run = str(tmp_path / "run")
-    number = submit(*settings(run, digits, *LONG), options=("--nodes=2",), PROCESSES="2")
-    awaited(lambda: under_way(run), seconds=120)
-    cluster.call("scontrol", "requeue", number)
-    cluster.start_again(number)
-    ended_well(cluster, project, number, restarts=1)
-    assert gone_on_from(project, number) == [stopped_after(project, number)]
-    assert_same_bits(final(run), whole)
 
 
 def test_a_job_that_is_cancelled_saves_and_stays_so(cluster, project, submit, tmp_path, digits):
