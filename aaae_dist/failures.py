@@ -1,10 +1,16 @@
 """What the failures of stores and disks mean: one line with the remedy to a user, and whether to ask again."""
 
 import errno
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from email.utils import parsedate_to_datetime
+from typing import Any
 
 from aaae_dist.errors import UserError, one_line
+
+
+WRONG_CLOCK = 240.0  # seconds: S3 allows 900, other stores 300
 
 
 class IncompleteError(ConnectionError):
@@ -20,10 +26,13 @@ def reason(error: BaseException) -> str:
             "bucket, AWS_NO_SIGN_REQUEST=true"
         )
     refused = isinstance(error, PermissionError) or getattr(error, "status", None) in (401, 403)  # the latter aiohttp's
-    if refused or "InvalidAccessKeyId" in text or "SignatureDoesNotMatch" in text:
-        return "access denied; check the credentials and the permissions of this URL"
     response = getattr(error.__cause__, "response", {})  # of botocore; some stores send a code and no message
-    stated = response.get("Error", {}).get("Code", "") if isinstance(response, dict) else ""
+    response = response if isinstance(response, dict) else {}
+    if refused or "InvalidAccessKeyId" in text or "SignatureDoesNotMatch" in text:
+        if abs(ahead := clock_ahead(response)) > WRONG_CLOCK:
+            return f"access denied, as this machine's clock is {abs(ahead):.0f} s {'ahead' if ahead > 0 else 'behind'}; set it"
+        return "access denied; check the credentials and the permissions of this URL"
+    stated = response.get("Error", {}).get("Code", "")
     text = one_line(error.__cause__) if stated and error.__cause__ else text
     if stated == "NoSuchBucket" or "bucket does not exist" in text:
         return "the bucket does not exist; create it or correct the URL"
@@ -55,6 +64,17 @@ def reason(error: BaseException) -> str:
     if code == errno.EROFS:
         return "the file system is read-only; choose another place"
     return f"{text}; check the URL and the store"
+
+
+def clock_ahead(response: dict[str, Any]) -> float:
+    """Seconds by which this machine's clock is ahead of that of the store that answered so; 0 if that tells no time.
+
+    Signatures hold for some minutes, so a store refuses who has another time.
+    """
+    told = response.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("date", "")
+    with suppress(ValueError):
+        return time.time() - parsedate_to_datetime(told).timestamp()
+    return 0.0
 
 
 @contextmanager

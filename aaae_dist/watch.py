@@ -20,6 +20,7 @@ from aaae_dist.stopping import StopRequest
 
 SIGN = 1.0  # seconds between two signs of life
 AWAY = 5 * SIGN  # seconds after which this rank, not the next, was not there: stopped, as all are by a suspended job
+BROKEN = 3 * SIGN  # seconds without one that are enough where a collective has failed
 GRACE = 6.0  # seconds that a rank gets to end in order when another has failed
 FAILED, LEFT = "failed", b"left"
 
@@ -37,14 +38,19 @@ class Watch:
         """
         self.run, self.stop, self.patience = run, stop, patience
         self.most = patience  # seconds for which this rank may give no sign of life
+        self.broken = False  # whether a collective has failed here
         self.rank, self.next = str(launched_rank()), str((launched_rank() + 1) % launched_world())
         self.ended, self.told, self.news = threading.Event(), threading.Event(), threading.Event()
         self.reason = ""  # why another rank failed
+        self.answered = time.monotonic()  # when the store did so last
         self.thread = threading.Thread(target=self.watch, name="watch", daemon=True)
+        self.overseer = threading.Thread(target=self.oversee, name="overseer", daemon=True)
 
     def __enter__(self) -> "Watch":
         if launched_world() > 1:
+            self.answered = time.monotonic()
             self.thread.start()
+            self.overseer.start()
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -61,9 +67,10 @@ class Watch:
         self.news.set()
 
     def lost_peer(self) -> UserError:
-        """What this rank ends with when a collective has failed, with the reason if it comes within two signs."""
-        known = self.told.wait(2 * SIGN)
-        because = f" ({self.reason})" if known else ", as its own message says, or was silent for training.patience"
+        """What this rank ends with when a collective has failed, with the reason if it comes soon."""
+        self.broken = True
+        known = self.told.wait(BROKEN + 2 * SIGN)
+        because = f" ({self.reason})" if known else ", as its own message says; if it has none, look at the network"
         return UserError(f"{self.run}: {LOST_PEER}{because}; the same command again goes on from the last checkpoint")
 
     def watch(self) -> None:
@@ -77,9 +84,27 @@ class Watch:
                 store = launchers_store(self.most)  # a connection may break, and be made anew
         except dist.DistError:
             if self.stop.signal is None:
-                self.reason = "the launcher's store does not answer"
-                self.told.set()
-                self.bring_down()
+                self.lose_store()
+
+    def oversee(self) -> None:
+        """Another thread: where packets are lost without a word, a request to the store returns in a quarter of an hour."""
+        looked = time.monotonic()
+        while not (self.ended.wait(SIGN) or self.told.is_set() or self.stop.signal) and self.thread.is_alive():
+            now = time.monotonic()
+            if now - looked > AWAY:
+                self.answered = now
+            if now - self.answered > self.most:
+                self.lose_store()
+                return
+            looked = now
+
+    def lose_store(self) -> None:
+        """Bring this process down for want of the launcher's store, unless that is under way."""
+        if self.told.is_set():
+            return
+        self.reason = f"the launcher's store at {os.environ['MASTER_ADDR']} does not answer; is the network up?"
+        self.told.set()
+        self.bring_down()
 
     def look(self, store: dist.Store) -> bool:
         """Give signs of life, and look for those of the next rank, until the block ends, or another rank has.
@@ -105,16 +130,16 @@ class Watch:
             if sign != seen:
                 seen, since = sign, time.monotonic()
                 most = math.inf if sign == LEFT else float(sign.split()[1])
-            elif time.monotonic() - since > most:
+            elif time.monotonic() - since > (allowed := BROKEN if self.broken and sign != LEFT else most):
                 setting = "patience" if most == self.patience else "silence"
-                store.compare_set(
-                    FAILED, "", f"rank {self.next}: no sign of life for {most:.0f} s, see training.{setting}"
-                )
+                because = f"see training.{setting}" if allowed == most else "and its connections are broken"
+                store.compare_set(FAILED, "", f"rank {self.next}: no sign of life for {allowed:.0f} s, {because}")
             if store.check([FAILED]):
                 self.reason = store.get(FAILED).decode()
                 self.told.set()
                 self.bring_down()
                 return
+            self.answered = time.monotonic()
             self.news.wait(SIGN)
             self.news.clear()
         if self.stop.failure:

@@ -4,7 +4,8 @@
 #   HOSTS="gpu1 gpu2" launch/local.sh configs/celeba64.toml
 # HOSTS: names or addresses, the first of which is the one that all meet at. PROCESSES, ENGINE, GRACE, PORT: as for node.sh.
 # VENV: default .venv. SSH: default `ssh`, with options if need be. Each host's log is in logs/local-START/NUMBER-HOST.log, and
-# its first one on the terminal too. Ctrl-C or SIGTERM: all save, and end. The exit code is the first that is not 0.
+# its first one on the terminal too. Ctrl-C or SIGTERM: all save, and end. A host that fails ends the others. The exit code is
+# the first that is not 0.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 [ $# -gt 0 ] || { echo "no configuration; launch/local.sh configs/NAME.toml [section.key=value ...]" >&2; exit 2; }
@@ -18,8 +19,9 @@ fi
 logs=logs/local-$(date +%Y%m%dT%H%M%S)
 mkdir -p "$logs"
 read -ra ssh <<< "${SSH:-ssh}"
-pids=() inputs=()
+pids=() inputs=() over=''
 hang_up() { for input in "${inputs[@]}"; do exec {input}>&-; done; }
+trap 'over=yes; hang_up' INT TERM HUP  # the last is a host's that has failed: another may not see that by itself
 # What each host's ssh reads is held open here: its end, by a signal to this script or by its death, ends the ranks in order.
 for number in "${!hosts[@]}"; do
   there=(env "PATH=$PATH" NODES=${#hosts[@]} "NODE=$number" "HEAD=${hosts[0]}" "NEXT=${hosts[1]:-}" "PORT=${PORT:-29500}")
@@ -29,13 +31,16 @@ for number in "${!hosts[@]}"; do
   script+='; { cat; kill -TERM $node; } > /dev/null 2>&1 <&0 & wait $node'
   log=$logs/$number-${hosts[$number]}.log
   : > "$log"
-  exec {input}> >(hang_up; exec "${ssh[@]}" "${hosts[$number]}" "bash -c $(printf %q "$script")" > "$log" 2>&1)
+  exec {input}> >(
+    hang_up
+    "${ssh[@]}" "${hosts[$number]}" "bash -c $(printf %q "$script")" > "$log" 2>&1 || { code=$?; kill -HUP $$; exit "$code"; }
+  )
   pids+=($!) inputs+=("$input")
 done
+[ -z "$over" ] || hang_up
 echo "${#hosts[@]} hosts (${hosts[*]}), ${PROCESSES:-1} processes on each; logs in $logs" >&2
 (hang_up; exec tail --follow --lines=+1 --pid="${pids[0]}" "$logs/0-${hosts[0]}.log" >&2) &
 shown=$!
-trap hang_up INT TERM
 code=0
 for pid in "${pids[@]}"; do
   while :; do

@@ -79,6 +79,13 @@ def s3(s3_variables: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: 
     forget_clients()
 
 
+@pytest.fixture(scope="session")
+def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[servers.MlflowServer]:
+    server = servers.MlflowServer(tmp_path_factory.mktemp("mlflow"))
+    yield server
+    server.kill()
+
+
 @contextmanager
 def small_disk(folder: Path, size: str) -> Iterator[Path]:
     """A disk of this size, mounted on a new folder. Without root that cannot be: in CI a failure, elsewhere a skip."""

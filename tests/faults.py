@@ -48,17 +48,23 @@ class FaultProxy:
     What is passed on is not changed, so signatures, which include the host's name as the client says it, hold.
     """
 
-    def __init__(self, server: str, *, seed: int = 0) -> None:
+    def __init__(self, server: str, *, seed: int = 0, listener: socket.socket | None = None) -> None:
+        """Nothing listens yet.
+
+        Args:
+            listener: a socket that is bound already; by default one on a free port of 127.0.0.1.
+        """
         self.server = (urlsplit(server).hostname, urlsplit(server).port)
         self.faults, self.counts = Faults(), Counts()
         self.random, self.lock = Random(seed), threading.Lock()
         self.connections: set[socket.socket] = set()
         self.recovery: threading.Timer | None = None
-        port = free_port()
-        self.url = f"http://127.0.0.1:{port}"
-        self.listener = socket.socket()
-        self.listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        self.listener.bind(("127.0.0.1", port))
+        self.listener = listener or socket.socket()
+        self.listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # it listens anew when it was down
+        if listener is None:
+            self.listener.bind(("127.0.0.1", free_port()))
+        address, port = self.listener.getsockname()
+        self.url = f"http://{address}:{port}"
         os.register_at_fork(after_in_child=self.let_go)
 
     def __enter__(self) -> Self:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -21,6 +22,7 @@ from tempfile import TemporaryDirectory
 from typing import Literal, NamedTuple
 
 import boto3
+import psutil
 
 ANYTHING = {"Version": "2012-10-17", "Statement": {"Effect": "Allow", "Action": "*", "Resource": "*"}}
 PATIENCE = 60.0  # seconds until a server that does not start is given up
@@ -237,6 +239,35 @@ def ceph(objects: Literal["memstore", "bluestore"] = "memstore") -> Iterator[Cep
         user = ["--uid=tester", "--display-name=tester", f"--access-key={key}", f"--secret-key={secret}"]
         call("radosgw-admin", "-n", "client.rgw", "user", "create", *user)
         yield Ceph(s3_variables(f"http://127.0.0.1:{port}", key, secret), monitor, disk, gateway)
+
+
+# --- MLflow
+
+
+class MlflowServer:
+    """An MLflow server on a port of its own, that can be killed and started again on what it has stored."""
+
+    def __init__(self, folder: Path) -> None:
+        port = free_port()
+        self.url = f"http://127.0.0.1:{port}"
+        self.command = [sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1"]
+        self.command += ["--backend-store-uri", f"sqlite:///{folder}/db", "--artifacts-destination", f"{folder}/files"]
+        self.start()
+
+    def start(self) -> None:
+        variables = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "DO_NOT_TRACK": "true"}
+        self.process = psutil.Popen(self.command, env=variables, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            with suppress(OSError), urllib.request.urlopen(f"{self.url}/health", timeout=5):
+                return
+            assert time.monotonic() < deadline, "not within a minute"
+            time.sleep(0.05)
+
+    def kill(self) -> None:
+        for process in (processes := [self.process, *self.process.children(recursive=True)]):
+            process.kill()
+        psutil.wait_procs(processes)
 
 
 # --- files by HTTP

@@ -1,6 +1,9 @@
 """What failures mean, to a user and to whoever might ask again. (Those of real stores: test_storage.)"""
 
 import errno
+import time
+from email.utils import formatdate
+from typing import Any
 
 import pytest
 from conftest import refused
@@ -34,11 +37,28 @@ def test_what_is_explained_already_stays_as_it_is():
         raise UserError("data.url: mend it")
 
 
+@pytest.mark.parametrize(
+    ("ahead", "words"),
+    [
+        (0, "access denied; check the credentials and the permissions of this URL"),
+        (3600, r"access denied, as this machine's clock is 3\d\d\d s ahead; set it"),
+        (-3600, r"access denied, as this machine's clock is 3\d\d\d s behind; set it"),
+    ],
+)
+def test_a_store_that_refuses_says_what_time_it_is(ahead, words):
+    """For signatures hold for some minutes. (A real one: test_faults.)"""
+    error, cause = PermissionError("Forbidden"), OfBotocoreError(403)
+    cause.response["ResponseMetadata"]["HTTPHeaders"] = {"date": formatdate(time.time() - ahead, usegmt=True)}
+    error.__cause__ = cause
+    with refused(f"s3://b/x: {words}$"), explained("s3://b/x"):
+        raise error
+
+
 class OfBotocoreError(Exception):
     """As botocore's ClientError tells of a status."""
 
     def __init__(self, status: int) -> None:
-        self.response = {"ResponseMetadata": {"HTTPStatusCode": status}}
+        self.response: dict[str, Any] = {"ResponseMetadata": {"HTTPStatusCode": status}}
 
 
 class OfAiohttpError(Exception):

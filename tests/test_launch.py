@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -70,6 +71,22 @@ def test_one_process_needs_no_launcher(tmp_path):
     program(tmp_path, "aaae", 'echo "$*"')
     done = run(tmp_path, NODE, "configs/smoke.toml", NODES="1", NODE="0", HEAD="x", ENGINE="single")
     assert (done.returncode, done.stdout) == (0, "train configs/smoke.toml\n")
+
+
+# --- hosts
+
+
+def test_a_host_that_cannot_be_reached_ends_the_others(tmp_path):
+    """What each reads is held open until then."""
+    program(tmp_path, "ssh", 'case $1 in near) cat > /dev/null;; *) echo "no route to $1" >&2; exit 255;; esac')
+    shutil.copytree(ROOT / "launch", tmp_path / "project" / "launch")
+    (tmp_path / "project" / ".venv").mkdir()
+    for hosts in ("near far", "far near"):
+        done = run(tmp_path, "project/launch/local.sh", "configs/smoke.toml", HOSTS=hosts)
+        assert done.returncode == 255, done.stderr
+        (log,) = (tmp_path / "project" / "logs").glob("*/*-far.log")
+        assert log.read_text() == "no route to far\n"
+        shutil.rmtree(tmp_path / "project" / "logs")
 
 
 # --- a job

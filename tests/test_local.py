@@ -7,10 +7,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 from conftest import awaited
+from operations import ROWS
 from servers import Daemon, free_port
 from training_runs import ROOT, assert_same_bits, environment, final, settings, train
 
@@ -106,3 +109,29 @@ def test_hosts_are_stopped_together_and_go_on(folder, tmp_path, digits, ssh):
         _, said = process.communicate(timeout=200)
         assert process.returncode == 0, said
     assert f"goes on from {stopped:,} images" in said
+
+
+def test_a_rank_that_hangs_is_ended_with_the_others(folder, tmp_path, digits, ssh):
+    """Its launcher does not see it. The script sees that the other host has ended, and ends this one."""
+    run, hosts = str(tmp_path / "run"), {"HOSTS": "127.0.0.1 localhost", "SSH": ssh, "GRACE": "2"}
+    more = ("training.images=1_000_000", "checkpoint.every=640", "training.silence=5", "data.workers=0")
+    with started(folder, *settings(run, digits, *more), **hosts, PORT=str(free_port())) as process:
+        awaited(lambda: bool(checkpoint.complete(run)), of=process, seconds=120)
+        (hanging,) = ranks_of(run, rank="1")
+        hanging.suspend()
+        row = ROWS["its rank hangs"]
+        _, said = process.communicate(timeout=row.seconds())
+        assert process.returncode not in (0, -signal.SIGHUP), said
+    assert row.says(0, said)
+    assert not ranks_of(run, rank="0") + ranks_of(run, rank="1")
+
+
+def ranks_of(run: str, *, rank: str) -> list[psutil.Process]:
+    """The trainers of a run that are alive and have this number."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            line = process.cmdline()
+            if f"training.run={run}" in line and "launch" not in line and process.environ().get("RANK") == rank:
+                found.append(process)
+    return found

@@ -9,15 +9,14 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.request
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 from PIL import Image
+from servers import MlflowServer
 from training_runs import SLOW, settings, train
 
 from aaae_dist import storage, tracking
@@ -59,37 +58,8 @@ def until(happened: Callable[[], object]) -> None:
         time.sleep(0.05)
 
 
-class Server:
-    """An MLflow server on a port of its own, that can be killed and started again on what it has stored."""
-
-    def __init__(self, folder: Path) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
-        self.url = f"http://127.0.0.1:{port}"
-        self.command = [sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1"]
-        self.command += ["--backend-store-uri", f"sqlite:///{folder}/db", "--artifacts-destination", f"{folder}/files"]
-        self.start()
-
-    def start(self) -> None:
-        variables = os.environ | THEIRS | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "DO_NOT_TRACK": "true"}
-        self.process = psutil.Popen(self.command, env=variables, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-        until(lambda: urllib.request.urlopen(f"{self.url}/health", timeout=5))
-
-    def kill(self) -> None:
-        for process in (processes := [self.process, *self.process.children(recursive=True)]):
-            process.kill()
-        psutil.wait_procs(processes)
-
-
-@pytest.fixture(scope="session")
-def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    server = Server(tmp_path_factory.mktemp("mlflow"))
-    yield server
-    server.kill()
-
-
 @pytest.fixture
-def server(mlflow_server: Server, monkeypatch: pytest.MonkeyPatch) -> Server:
+def server(mlflow_server: MlflowServer, monkeypatch: pytest.MonkeyPatch) -> MlflowServer:
     """The server, and an environment that says to use it, with credentials that it does not ask for."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server.url.replace("//", f"//me:{SECRET}@"))
     return mlflow_server

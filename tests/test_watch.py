@@ -4,6 +4,7 @@ import os
 import signal
 import socket
 import subprocess
+import threading
 import time
 from contextlib import ExitStack
 from types import SimpleNamespace
@@ -269,9 +270,38 @@ def test_one_that_was_asked_to_stop_goes_on_without_the_store(server, monkeypatc
             watch.stop.signal = signal.SIGTERM if asked else None
             del launcher
             watch.thread.join(20)
+            watch.overseer.join(20)
         assert ended == ([] if asked else [2])
-        assert watch.reason == ("" if asked else "the launcher's store does not answer")
+        assert watch.reason.startswith("" if asked else "the launcher's store at 127.0.0.1 does not answer")
+        assert bool(watch.reason) != asked
         assert watch.told.is_set() != asked
+
+
+def test_a_store_that_never_answers_is_given_up(monkeypatch, ended):
+    """As where the network loses packets without a word: its client waits for an answer, and nothing breaks."""
+    silent, watch = threading.Event(), watch_of(0, monkeypatch)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("MASTER_ADDR", "far")
+    monkeypatch.setenv("MASTER_PORT", "1")
+    monkeypatch.setattr("aaae_dist.watch.SIGN", 0.01)
+    monkeypatch.setattr("aaae_dist.watch.GRACE", 0.1)
+    watch.thread = threading.Thread(target=silent.wait)
+    with watch:
+        assert not watch.told.wait(0.5)
+        watch.at_work(0.2)
+        watch.overseer.join(20)
+        assert watch.reason.startswith("the launcher's store at far does not answer")
+        assert ended == [2]
+        silent.set()
+
+
+def test_who_is_silent_is_named_soon_where_a_collective_has_failed(store, monkeypatch, ended):
+    monkeypatch.setattr("aaae_dist.watch.BROKEN", 0.5)
+    store.set("1", "1.0 15")
+    with watch_of(0, monkeypatch) as watch:
+        assert not watch.told.wait(1.0)
+        assert "(rank 1: no sign of life for 0 s, and its connections are broken)" in str(watch.lost_peer())
+    assert not ended
 
 
 def test_alone_there_is_nothing_to_watch(monkeypatch):
