@@ -18,7 +18,7 @@ lint: $(VENV)/installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyrefly check
-	$(BIN)/shellcheck launch/*.sh launch/slurm.sbatch .ci/run
+	$(BIN)/shellcheck launch/*.sh launch/slurm.sbatch launch/kubernetes/pod.sh .ci/run
 
 format: $(VENV)/installed-test
 	$(BIN)/ruff check --fix .
