@@ -8,11 +8,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pages
 import psutil
 import pytest
 import yaml
 from conftest import awaited, copied
 from kubeflow_trainer_api.models.jobset_v1alpha2_job_set import JobsetV1alpha2JobSet
+from pages import block
 from servers import free_port
 from test_launch import program
 from training_runs import ROOT, assert_same_bits, environment, final, settings, train
@@ -23,6 +25,8 @@ from aaae_dist.config import Data, load_config
 MANIFEST = ROOT / "launch" / "kubernetes" / "jobset.yaml"
 QUANTITY = r"\d+(\.\d+)?(m|k|M|G|T|Ki|Mi|Gi|Ti)?"
 LONG = ("training.images=6_400", "checkpoint.every=640", "logging.every=320")  # 100 steps
+ALONE = ("unshare", "--pid", "--fork", "--mount-proc", "--kill-child=KILL")
+BARE = 'mount --bind "$0" "$0" && mount -o remount,bind,ro / && exec setpriv --no-new-privs --bounding-set=-all "$@"'
 Manifest = dict[str, Any]
 
 
@@ -62,10 +66,15 @@ def is_valid(manifest: Manifest) -> bool:
     return found.to_dict() == manifest
 
 
-def test_the_manifest_is_valid(manifest):
+def test_the_manifest_is_valid(manifest, tmp_path):
+    """With GPUs, and as the page makes it without."""
     assert is_valid(manifest)
+    pages.workplace(tmp_path)
+    pages.run(block("docs/kubernetes.md", "sed "), tmp_path)
+    other = yaml.safe_load((tmp_path / "cpu.yaml").read_text())
+    assert is_valid(other)
     del container_of(manifest)["resources"]["limits"]["nvidia.com/gpu"]
-    assert is_valid(manifest)
+    assert other == manifest
 
 
 @pytest.mark.parametrize(
@@ -168,7 +177,8 @@ def given(manifest: Manifest, *, node: int, attempt: int, secrets: dict[str, dic
 class Pod:
     """The first process of a pod: number 1 of a namespace of its own, as in a container, with all that follows of that.
 
-    Only HEAD, NEXT and PORT, and the folders of its volumes, are this machine's.
+    It can write nowhere but below a folder, and has no capabilities. Only HEAD, NEXT and PORT, and the folders of its
+    volumes, are this machine's.
     """
 
     def __init__(
@@ -182,8 +192,7 @@ class Pod:
         variables = {name: places.get(value, value) for name, value in variables.items()}
         variables |= {"TMPDIR": places["/tmp"], "HEAD": "127.0.0.1", "NEXT": "127.0.0.1", "PORT": str(port)}
         (command,) = container["command"]
-        line = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child=KILL"]
-        line += [command.replace("/aaae/", f"{ROOT}/"), *container["args"]]
+        line = [*ALONE, "sh", "-c", BARE, str(folder), command.replace("/aaae/", f"{ROOT}/"), *container["args"]]
         self.log = here / "log"
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
@@ -201,11 +210,11 @@ class Pod:
 
 
 @pytest.fixture
-def start() -> Iterator[Callable[..., Pod]]:
+def start(tmp_path: Path) -> Iterator[Callable[..., Pod]]:
     """Start a pod, which ends with the test."""
-    line, made = ["unshare", "--pid", "--fork", "--mount-proc", "true"], list[Pod]()
+    line, made = [*ALONE, "sh", "-c", BARE, str(tmp_path), "true"], list[Pod]()
     if subprocess.run(line, capture_output=True, check=False).returncode:
-        (pytest.fail if os.environ.get("CI") else pytest.skip)("making a process the first one needs root")
+        (pytest.fail if os.environ.get("CI") else pytest.skip)("making a process the first of a namespace needs root")
 
     def call(*arguments: Any, **options: Any) -> Pod:
         made.append(Pod(*arguments, **options))
@@ -255,6 +264,11 @@ def test_two_pods_lose_nothing_when_one_is_evicted(manifest, start, tmp_path, s3
     assert f"goes on from {stopped:,} images" in again[0].log.read_text()
     assert "ok       " not in again[0].log.read_text()
     assert list((tmp_path / "0-1" / "cache").rglob("*.tar"))
+    stands = pages.run(
+        block("docs/kubernetes.md", "aaae status").replace("s3://bucket/runs/digits", run), tmp_path
+    ).stdout
+    assert f"{run}: finished, 6,400 of 6,400 images" in stands
+    assert "restarts    1, " in stands
     train(*settings(other, digits, *LONG), processes=2)
     assert_same_bits(final(run), final(other))
 
