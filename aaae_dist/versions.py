@@ -25,8 +25,8 @@ def git(*words: str) -> str:
 
 
 def commit() -> str:
-    """The commit that runs; nothing where the package is merely installed inside some repository."""
-    return git("rev-parse", "HEAD") if git("ls-files", Path(__file__).name) else ""
+    """The commit that runs, in an image as it was built in; nothing where the package is merely installed somewhere."""
+    return git("rev-parse", "HEAD") if git("ls-files", Path(__file__).name) else os.environ.get("AAAE_COMMIT", "")
 
 
 def installed() -> dict[str, str]:

@@ -40,6 +40,13 @@ def test_what_is_installed_here():
     assert found["torch"] == version("torch")
 
 
+def test_an_image_tells_the_commit_that_it_was_built_from(monkeypatch):
+    monkeypatch.setenv("AAAE_COMMIT", "abc")
+    assert versions.commit() != "abc", "a repository knows better"
+    monkeypatch.setattr(versions, "git", lambda *_: "")
+    assert (versions.commit(), installed()["commit"]) == ("abc", "abc")
+
+
 def test_outside_an_allocation_no_node_is_asked(monkeypatch):
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     monkeypatch.setenv("SLURM_JOB_NUM_NODES", "3")
