@@ -19,6 +19,7 @@ lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/pyrefly check
 	$(BIN)/shellcheck launch/*.sh launch/slurm.sbatch launch/kubernetes/pod.sh .ci/run
+	$(BIN)/hadolint Dockerfile
 
 format: $(VENV)/installed-test
 	$(BIN)/ruff check --fix .
