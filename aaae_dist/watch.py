@@ -87,7 +87,7 @@ class Watch:
                 self.lose_store()
 
     def oversee(self) -> None:
-        """Another thread: where packets are lost without a word, a request to the store returns in a quarter of an hour."""
+        """Another thread: where packets are lost without a word, a request to the store takes a quarter of an hour."""
         looked = time.monotonic()
         while not (self.ended.wait(SIGN) or self.told.is_set() or self.stop.signal) and self.thread.is_alive():
             now = time.monotonic()

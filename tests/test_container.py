@@ -15,6 +15,7 @@ import psutil
 import pytest
 import servers
 from conftest import awaited, small_disk
+from pages import block
 from training_runs import ROOT
 
 from aaae_dist import checkpoint, versions
@@ -24,7 +25,6 @@ pytestmark = [pytest.mark.xdist_group("container"), pytest.mark.timeout(1200)]  
 BASE = "docker.io/library/python:3.11-slim-bookworm"
 NEEDED = ("podman", "runc", "mmdebstrap")
 USER = 12345  # has no name in the image
-BLOCKS = re.findall(r"```bash\n(.*?)```", (ROOT / "docs" / "container.md").read_text(), flags=re.S)
 CONF = """\
 [containers]
 netns = "host"  # else it wants to make a network
@@ -112,7 +112,7 @@ def shell(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
 @pytest.fixture(scope="module")
 def image(shell: dict[str, str]) -> dict[str, str]:
     """The environment in which there is the image `aaae`, made as the page says."""
-    run(BLOCKS[0], ROOT, shell)
+    run(block("docs/container.md", "--tag aaae --build-arg"), ROOT, shell)
     return shell
 
 
@@ -144,7 +144,7 @@ def inside(program: str, environment: dict[str, str], *options: str) -> str:
 
 def test_the_page(image, folder):
     """Prepared, trained by one process and by two, and recorded, by a user who has no name, under a read-only root."""
-    done = run(BLOCKS[2], folder, image)
+    done = run(block("docs/container.md", "aaae --help"), folder, image)
     assert done.stdout.startswith("usage: aaae [-h] COMMAND")
     assert "runs/two: finished, 1,280 of 1,280 images (100 %)" in done.stdout
     for name, engine in (("smoke", "single"), ("two", "ddp")):
@@ -155,14 +155,6 @@ def test_the_page(image, folder):
     assert about.get("mlflow.source.git.commit", "") == versions.commit()
     assert (folder / "runs" / "mlflow.db").stat().st_uid == USER
     assert "Warning" not in done.stderr
-
-
-def test_every_block_is_accounted_for():
-    """The first and the third are run above; the others are said not to be."""
-    page = (ROOT / "docs" / "container.md").read_text()
-    assert [block.split()[1] for block in BLOCKS] == ["build", "build", "-p", "save"]
-    assert "TORCH=cu130" in BLOCKS[1]
-    assert "the two other blocks of this page" in page.partition("**Not run:**")[2]
 
 
 def test_a_job_in_its_folder(image, folder, digits):
