@@ -91,9 +91,9 @@ class Slurm:
 
     def start_again(self, number: str) -> None:
         """Start a job that was requeued, instead of in two minutes: not before its last start is over."""
-        self.wait(number, "PENDING")
+        itself = self.wait(number, "PENDING")["JobId"]  # a task of an array has two
         deadline = time.monotonic() + PATIENCE
-        while any(self.processes(SLURM_JOB_ID=number)):
+        while any(self.processes(SLURM_JOB_ID=itself)):
             assert time.monotonic() < deadline
             time.sleep(0.1)
         # Nodes tell a job's starts apart by the second: one in the second in which the last was ended is refused.

@@ -146,16 +146,25 @@ def test_a_run_stops_by_itself_before_the_time_is_over(cluster, project, submit,
 
 
 def test_an_array_of_three_configurations_is_one_experiment(cluster, project, submit, tmp_path, digits):
+    """One of its tasks starts again, and is the same run there."""
     variants = [tmp_path / f"{name}.toml" for name in ("one", "two", "three")]
     for number, file in enumerate(variants):
         lines = ["[training]", f'run = "{tmp_path}/{file.stem}"', f"seed = {number}", "[tracking]", "mlflow = true"]
         file.write_text("\n".join(lines))
+    with variants[1].open("a") as file:
+        file.write(f"\n[checkpoint]\nevery = {EVERY}\n[logging]\nevery = 320\n")
     arguments = [word for word in settings("none", digits) if not word.startswith(("training.run", "tracking"))]
+    arguments.append("training.images=6_400")  # 100 steps
     number = submit(*arguments, options=("--array=0-2",), VARIANTS=" ".join(map(str, variants)))
-    jobs = cluster.call("squeue", "--noheader", "--array", "--format=%A", "--job", number).split()
-    assert len(jobs) == 3
-    for job in jobs:
-        ended_well(cluster, project, job, restarts=0)
+    awaited(lambda: under_way(f"{tmp_path}/two"), seconds=120)
+    tasks = [f"{number}_{task}" for task in range(3)]
+    cluster.call("scontrol", "requeue", tasks[1])
+    cluster.start_again(tasks[1])
+    jobs = [cluster.wait(task)["JobId"] for task in tasks]
+    assert len(set(jobs)) == 3
+    for restarts, job in zip((0, 1, 0), jobs, strict=True):
+        ended_well(cluster, project, job, restarts=restarts)
+    assert gone_on_from(project, jobs[1]) == [stopped_after(project, jobs[1])]
     with closing(sqlite3.connect(tmp_path / "mlflow.db")) as database:  # beside the runs
         found = database.execute(
             "select runs.name, runs.status, experiments.name, params.value from runs join experiments using"
@@ -168,12 +177,14 @@ def test_an_array_of_three_configurations_is_one_experiment(cluster, project, su
 
 def test_a_job_that_is_cancelled_saves_and_stays_so(cluster, project, submit, tmp_path, digits):
     run = str(tmp_path / "run")
-    number = submit(*settings(run, digits, *LONG), options=("--nodes=2",), PROCESSES="1")
+    number = submit(*settings(run, digits, *LONG), options=("--nodes=2",), PROCESSES="1", ENGINE="zero2")
     awaited(lambda: under_way(run), seconds=120)
     cluster.call("scancel", number)
     awaited(lambda: not cluster.call("squeue", "--noheader", "--job", number), seconds=60)
     assert cluster.job(number)["JobState"] == "CANCELLED"
-    assert checkpoint.complete(run)[-1] == checkpoint.name_of(stopped_after(project, number))
+    newest = checkpoint.complete(run)[-1]
+    assert newest == checkpoint.name_of(stopped_after(project, number))
+    assert checkpoint.read_manifest(run, newest).engine == "zero2"
     assert "SLURM decides whether it starts again" in said(project, number)
 
 
