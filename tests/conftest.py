@@ -1,4 +1,4 @@
-"""What several rooms share: data sets, a real S3 store, a full disk."""
+"""What several rooms share: data sets, ranks that start at once, a real S3 store, a full disk."""
 
 import gc
 import io
@@ -17,6 +17,7 @@ import pytest
 import s3fs
 import servers
 import webdataset
+from forks import Forks
 from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
 
@@ -50,6 +51,14 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> str:
     out = str(tmp_path_factory.mktemp("digits") / "shards")
     prepared(handwritten("", labels=""), out, name="digits", held_out=179, samples_per_shard=180)
     return out
+
+
+@pytest.fixture(scope="session")
+def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    """Where trainings start in tenths of a second: for tests of what they come to, not of how they are started."""
+    forks = Forks(tmp_path_factory.mktemp("forks"))
+    yield forks
+    forks.close()
 
 
 @pytest.fixture(scope="session")

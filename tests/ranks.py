@@ -2,45 +2,28 @@
 any file operation.
 
 Run as a program, this is that process. A line of its input is an Order or the id of a rank that has ended; it answers
-with a line, the ids of the ranks it started, or how that one ended.
+with a line, the ids of the ranks it started, or how that one ended. At the end of its input it ends the ranks that are
+left, and itself.
 """
 
 import gc
 import json
 import math
 import os
+import runpy
 import signal
 import sys
 import threading
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NoReturn
 
 import s3fs
+from forks import Hold, Order
 
 from aaae_dist import watch
 from aaae_dist.cli import main
 from aaae_dist.saving import Saver
 from aaae_dist.training import Trainer
-
-
-class Hold(NamedTuple):
-    """Stop for ever before a file operation, to be killed there."""
-
-    kind: str  # "write" or "remove"
-    after: int  # images trained; 0: from the start
-    number: int  # of the operations of that kind from then on, counted from 1
-    what: str = ""  # on files with this in their names
-
-
-class Order(NamedTuple):
-    """Start the ranks of a training."""
-
-    arguments: list[str]  # of the command `aaae`
-    variables: list[dict[str, str]]  # the whole environment of each rank
-    holds: list[Hold | None]  # of each rank
-    spoiled: list[int]  # images after which a step is bad, until the run has gone back
-    told: str  # a named pipe that gets lines "RANK step IMAGES" and "RANK hold OPERATION"
-    said: str  # a file that gets what ranks say
 
 
 class Witness:
@@ -104,22 +87,32 @@ class Witness:
         s3fs.S3FileSystem._call_s3 = watched
 
 
-def be_rank(rank: int, order: Order, pipe: int) -> NoReturn:
-    """Run the command in this process, as a launcher would have it run."""
-    os.environ.clear()
-    os.environ.update(order.variables[rank])
-    said = os.open(order.said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    for stream, to in enumerate((os.open(os.devnull, os.O_RDONLY), said, said)):
-        os.dup2(to, stream)
+def watch_and_hurry(rank: int, order: Order, pipe: int) -> None:
+    """Tell of a training, for the ranks that are killed, and for those that then wait for them in vain."""
     (run,) = (argument.removeprefix("training.run=") for argument in order.arguments if "training.run=" in argument)
     witness = Witness(rank, order, run=run, pipe=pipe)
     witness.watch_steps()
     witness.watch_s3() if run.startswith("s3://") else witness.watch_disk()
     Saver.close.__kwdefaults__["seconds"] = 1.0  # not three, for what a rank that was killed will never save
     watch.SIGN = 0.1  # nor two seconds for the word of such a rank
+
+
+def be_rank(rank: int, order: Order, pipe: int) -> NoReturn:
+    """Run the command in this process, as a launcher would have it run."""
+    os.environ.clear()
+    os.environ.update(order.variables[rank])
+    out, said = (os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND) for file in (order.out, order.said))
+    for stream, to in enumerate((os.open(os.devnull, os.O_RDONLY), out, said)):
+        os.dup2(to, stream)
+    if order.holds:
+        watch_and_hurry(rank, order, pipe)
     code = 1
     try:
-        main(order.arguments)
+        if order.script:
+            sys.argv = [order.script, *order.arguments]
+            runpy.run_path(order.script, run_name="__main__")
+        else:
+            main(order.arguments)
     except SystemExit as end:
         code = end.code
     except BaseException:
@@ -139,14 +132,19 @@ def start(order: Order) -> list[int]:
 
 
 def serve() -> None:
+    living: set[int] = set()
     for line in sys.stdin:
         asked = json.loads(line)
         if isinstance(asked, int):
             answer: object = os.waitstatus_to_exitcode(os.waitpid(asked, 0)[1])
+            living.remove(asked)
         else:
             order = Order(**asked)
             answer = start(order._replace(holds=[hold and Hold(*hold) for hold in order.holds]))
+            living.update(answer)
         print(json.dumps(answer), flush=True)
+    for pid in living:  # after a failure, or when the tests were killed
+        os.kill(pid, signal.SIGKILL)
 
 
 if __name__ == "__main__":

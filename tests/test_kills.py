@@ -1,21 +1,14 @@
 """Twenty SIGKILLs at random moments, of one process and of the ranks of engines, with the run on disk and in S3."""
 
-import json
-import os
 import random
-import select
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import pytest
-from ranks import Hold, Order
-from torch.distributed import TCPStore
-from training_runs import CLOCKED, ROOT, assert_same_bits, environment, final, settings, train
+from forks import Forks, Hold, Ranks
+from training_runs import CLOCKED, assert_same_bits, final, settings
 
 from aaae_dist import checkpoint, storage
 from aaae_dist.guard import read_rollbacks
@@ -23,111 +16,6 @@ from aaae_dist.tracking import parse_lines
 
 BATCH, STEPS, EVERY = 64, 32, 128  # images of a step; steps; images between two checkpoints
 SURVIVAL = 30.0  # seconds within which the death of a rank has ended the others
-DUMP = """
-import json, os, sys
-from pathlib import Path
-Path(sys.argv[-1], f"{os.environ['RANK']}.json").write_text(json.dumps(dict(os.environ)))
-"""
-
-
-# --- ranks without the seconds that a launcher and imports take
-
-
-class Forks:
-    """The process that all ranks are forked from (see ranks.py), and what a launcher does for them."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.started, self.living = folder, 0, set[int]()
-        self.launched: dict[str, list[dict[str, str]]] = {}
-        variables = environment() | {"DS_ACCELERATOR": "cpu"}
-        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "bufsize": 1}
-        self.process = subprocess.Popen([sys.executable, ROOT / "tests" / "ranks.py"], env=variables, **pipes)
-
-    def ask(self, question: object) -> Any:
-        self.process.stdin.write(json.dumps(question) + "\n")
-        return json.loads(self.process.stdout.readline())
-
-    def variables(self, engine: str) -> list[dict[str, str]]:
-        """The environment of each rank: two get what a real launcher gives, and a new place to meet."""
-        others = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
-        if engine == "single":
-            return [environment() | others]
-        if engine not in self.launched:
-            (script := self.folder / "dump.py").write_text(DUMP)
-            (folder := self.folder / engine).mkdir()
-            train(str(folder), processes=2, engine=engine, script=script)
-            self.launched[engine] = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
-            assert all(given["TORCHELASTIC_USE_AGENT_STORE"] == "True" for given in self.launched[engine])
-        self.meeting = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        others["MASTER_PORT"] = str(self.meeting.port)
-        return [given | others for given in self.launched[engine]]
-
-
-@pytest.fixture(scope="module")
-def forks(tmp_path_factory) -> Iterator[Forks]:
-    forks = Forks(tmp_path_factory.mktemp("forks"))
-    yield forks
-    for pid in forks.living:  # after a failure
-        os.kill(pid, signal.SIGKILL)
-    forks.process.communicate()
-
-
-class Ranks:
-    """Ranks that train, and what they tell of it."""
-
-    def __init__(
-        self,
-        forks: Forks,
-        engine: str,
-        arguments: list[str],
-        holds: Sequence[Hold | None] = (),
-        *,
-        spoiled: Sequence[int] = (),
-    ) -> None:
-        self.forks, self.gone, self.began, self.first_step = forks, False, 0.0, 0.0
-        self.told: list[tuple[str, str, str]] = []  # rank, "step" or "hold", images or operation
-        forks.started += 1
-        pipe, self.said = (forks.folder / f"{forks.started}.{what}" for what in ("told", "said"))
-        os.mkfifo(pipe)
-        self.pipe = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
-        variables = forks.variables(engine)
-        holds = holds or [None] * len(variables)
-        order = Order(["train", *arguments], variables, [*holds], [*spoiled], str(pipe), str(self.said))
-        self.pids = forks.ask(order._asdict())
-        forks.living.update(self.pids)
-        self.began = time.monotonic()
-
-    def listen(self, until: str = "", *, images: int = 0, seconds: float) -> bool:
-        """Whether a rank told of this within so many seconds; of a step, after as many images. Ends when all have."""
-        deadline = time.monotonic() + seconds
-        while not self.gone and select.select([self.pipe], [], [], max(deadline - time.monotonic(), 0.0))[0]:
-            told = [tuple(line.split(" ", 2)) for line in os.read(self.pipe, 1 << 16).decode().splitlines()]
-            self.gone = not told
-            self.told += told
-            self.first_step = self.first_step or (time.monotonic() if self.steps() else 0.0)
-            if any(what == until and (what == "hold" or int(which) >= images) for _, what, which in told):
-                return True
-        return False
-
-    def steps(self) -> list[int]:
-        """Images trained before each step of rank 0."""
-        return [int(images) for rank, what, images in self.told if (rank, what) == ("0", "step")]
-
-    def kill(self, *ranks: int) -> None:
-        for rank in ranks:
-            os.kill(self.pids[rank], signal.SIGKILL)
-
-    def ended(self, *, seconds: float) -> list[int]:
-        """How each ended, by itself or not. A failure if that takes longer."""
-        self.listen(seconds=seconds)
-        if late := not self.gone:
-            self.kill(*range(len(self.pids)))
-            self.listen(seconds=30.0)
-        os.close(self.pipe)
-        codes = [self.forks.ask(pid) for pid in self.pids]
-        self.forks.living.difference_update(self.pids)
-        assert not late, (codes, self.told, self.said.read_text())
-        return codes
 
 
 # --- moments
@@ -180,6 +68,12 @@ def moment(rng: random.Random, store: str, world: int, amid: str, dying: int, *,
 # --- runs
 
 
+def started(forks: Forks, engine: str, arguments: list[str], holds: Sequence[Hold | None] = (), **more: Any) -> Ranks:
+    """The ranks of an engine, watched."""
+    world = 1 if engine == "single" else 2
+    return Ranks(forks, *arguments, engine=engine, processes=world, holds=holds or [None] * world, **more)
+
+
 def options(run: str, data: str) -> list[str]:
     """Every step is reported: a figure of several would be of fewer after a kill."""
     more = (f"training.images={STEPS * BATCH}", f"checkpoint.every={EVERY}", f"logging.every={BATCH}", "data.workers=0")
@@ -214,7 +108,7 @@ def whole(forks, digits, tmp_path_factory) -> Callable[[str], Whole]:
     def trained(engine: str) -> Whole:
         if engine not in made:
             run = str(tmp_path_factory.mktemp("whole") / engine)
-            ranks = Ranks(forks, engine, options(run, digits))
+            ranks = started(forks, engine, options(run, digits))
             assert not any(ranks.ended(seconds=200.0)), ranks.said.read_text()
             took = time.monotonic() - ranks.first_step
             made[engine] = Whole(run, ranks.first_step - ranks.began, took / STEPS)
@@ -234,7 +128,7 @@ def test_killed_at_twenty_random_moments_a_run_ends_with_the_same_bits(
     saved, early = 0, 0
     for kill in moments(random.Random(f"{engine} {store}"), store, world):
         print(kill)
-        ranks = Ranks(forks, engine, options(run, digits), kill.holds)
+        ranks = started(forks, engine, options(run, digits), kill.holds)
         if kill.amid == "start":
             ranks.listen("step", seconds=kill.share * start)
         elif kill.amid == "step":
@@ -256,7 +150,7 @@ def test_killed_at_twenty_random_moments_a_run_ends_with_the_same_bits(
         start = ranks.first_step - ranks.began if ranks.first_step else start
     assert early, "some must die before they train"
 
-    ranks = Ranks(forks, engine, options(run, digits))
+    ranks = started(forks, engine, options(run, digits))
     assert not any(ranks.ended(seconds=200.0)), ranks.said.read_text()
     assert ranks.steps()[0] == saved
     assert metrics(run) == metrics(expected), "every line once, in order"
@@ -269,16 +163,16 @@ def test_killed_while_it_goes_back_a_run_goes_back_again(tmp_path, digits, forks
     """At any of the operations on files, past two checkpoints that are unmade, and on as if nobody had killed it."""
     whole, run, bad = tmp_path / "whole", tmp_path / "run", range(960, 1216, 64)
     more = ("guard.skips=3", "checkpoint.every=64", "checkpoint.keep=99")
-    ranks = Ranks(forks, "ddp", [*options(str(whole), digits), *more], spoiled=bad)
+    ranks = started(forks, "ddp", [*options(str(whole), digits), *more], spoiled=bad)
     assert ranks.ended(seconds=200.0) == [0, 0], ranks.said.read_text()
     removals = [Hold("remove", bad[-1], number, "COMPLETE") for number in (1, 2, 3)]
     for hold in [*removals, *(Hold("write", bad[-1], number, "rollbacks.json") for number in (1, 2))]:
-        ranks = Ranks(forks, "ddp", [*options(str(run), digits), *more], [hold, None], spoiled=bad)
+        ranks = started(forks, "ddp", [*options(str(run), digits), *more], [hold, None], spoiled=bad)
         assert ranks.listen("hold", seconds=120.0), ranks.said.read_text()
         ranks.kill(0, 1)
         ranks.ended(seconds=SURVIVAL)
         assert list(checkpoint.verify(str(run))) == []
-    ranks = Ranks(forks, "ddp", [*options(str(run), digits), *more], spoiled=bad)
+    ranks = started(forks, "ddp", [*options(str(run), digits), *more], spoiled=bad)
     assert ranks.ended(seconds=200.0) == [0, 0], ranks.said.read_text()
     assert metrics(str(run)) == metrics(str(whole))
     assert files(str(run)) == files(str(whole))
