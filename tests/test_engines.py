@@ -1,7 +1,12 @@
-"""One model under every engine, each started as its user starts it: the same numbers, and one checkpoint."""
+"""One model under every engine: the same numbers, and one checkpoint.
+
+Each trains once as its user starts it, and ranks that are forked with the variables that a launcher gives them (see
+forks.py) come to the same bits; then they stand for it where trainings are only compared.
+"""
 
 import json
 import subprocess
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -55,19 +60,24 @@ HARD = (  # all that could tell engines apart: what is clipped, averaged, schedu
 )
 
 
-def trained(folder: Path, data: str, engine: str, *more: str, processes: int = 2) -> Path:
-    run = folder / f"{engine}-{processes}-{len(more)}-{'-'.join(more)}".replace("/", "_")
-    if not run.exists():
-        done = train(*settings(run, data, *HARD, *more), processes=processes, engine=engine)
-        assert "Error" not in done.stderr
-        said = [line for line in done.stdout.splitlines() if "Setting accelerator to CPU" not in line]  # the launcher
-        assert said == []
-    return run
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("engines")
+
+
+@pytest.fixture(scope="module")
+def trained(folder, digits, forks) -> Callable[..., Path]:
+    """A run of an engine, trained by the first who asks for it."""
+
+    def trained(engine: str, *more: str, processes: int = 2) -> Path:
+        run = folder / f"{engine}-{processes}-{len(more)}-{'-'.join(more)}".replace("/", "_")
+        if not run.exists():
+            done = forks.train(*settings(run, digits, *HARD, *more), processes=processes, engine=engine)
+            assert "Error" not in done.stderr
+            assert done.stdout == ""
+        return run
+
+    return trained
 
 
 def assert_same_figures(ours: Path, theirs: Path) -> None:
@@ -83,11 +93,11 @@ def assert_same_figures(ours: Path, theirs: Path) -> None:
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("micro", ["0", "16"])
-def test_every_engine_computes_the_same(folder, digits, engine, micro):
+def test_every_engine_computes_the_same(trained, engine, micro):
     """As one process does on the same micro-batches, where all but the norms that are clipped by is the same sum."""
     parts, more = {"0": ("32", [WIDE]), "16": ("16", [])}[micro]
-    one = trained(folder, digits, "single", f"training.micro_batch_size={parts}", *more, processes=1)
-    run = trained(folder, digits, engine, f"training.micro_batch_size={micro}", *more)
+    one = trained("single", f"training.micro_batch_size={parts}", *more, processes=1)
+    run = trained(engine, f"training.micro_batch_size={micro}", *more)
     assert_same_figures(run, one)
     ours, expected = final(run), final(one)
     assert ours.keys() == expected.keys()
@@ -101,31 +111,29 @@ def test_every_engine_computes_the_same(folder, digits, engine, micro):
         assert np.abs(shown - wanted).max() <= 1, "rounded to the next grey"
 
 
-def test_no_variable_of_a_launcher_changes_the_micro_batches(folder, digits):
+def test_no_variable_of_a_launcher_changes_the_micro_batches(folder, digits, trained):
     """Accelerate would take its word before ours, and train something else without one."""
     micro = "training.micro_batch_size=16"
     for name, value in (("four", "4"), ("one", "1")):
         run = folder / f"accumulation-of-{name}"
         train(*settings(run, digits, *HARD, micro), processes=2, ACCELERATE_GRADIENT_ACCUMULATION_STEPS=value)
-        assert_same_bits(final(run), final(trained(folder, digits, "ddp", micro)))
+        assert_same_bits(final(run), final(trained("ddp", micro)))
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_without_clipping_every_engine_has_the_same_bits(folder, digits, engine, precision):
+def test_without_clipping_every_engine_has_the_same_bits(trained, engine, precision):
     """Clipped by norms that are summed in other orders, the last bits are others, of which bfloat16 makes more."""
     options = (f"training.precision={precision}", "optimizer.clip=0.0", WIDE)
-    one = trained(folder, digits, "single", *options, "training.micro_batch_size=32", processes=1)
-    run = trained(folder, digits, engine, *options)
+    one = trained("single", *options, "training.micro_batch_size=32", processes=1)
+    run = trained(engine, *options)
     assert_same_figures(run, one)
     assert_same_bits(networks(final(run)), networks(final(one)))
 
 
-def test_bfloat16_is_close_to_float32_and_its_weights_are_float32(folder, digits):
+def test_bfloat16_is_close_to_float32_and_its_weights_are_float32(trained):
     runs = [
         trained(
-            folder,
-            digits,
             "single",
             f"training.precision={precision}",
             "optimizer.clip=0.0",
@@ -155,14 +163,14 @@ MOVES = (  # engine, ranks, until so many images: each goes on from what the one
 )
 
 
-def test_a_run_moves_from_engine_to_engine(folder, digits):
+def test_a_run_moves_from_engine_to_engine(folder, digits, trained, forks):
     """Any continues any other on any number of ranks, as if it had never moved, at the exact sample."""
     options = ("training.micro_batch_size=16", "training.final_rate=1.0", "evaluation.every=0", "checkpoint.every=0")
-    still = trained(folder, digits, "single", *options, processes=1)
+    still = trained("single", *options, processes=1)
     run = folder / "moving"
     for engine, processes, images in MOVES:
         arguments = settings(run, digits, *HARD, *options, f"training.images={images}", "logging.pictures_every=0")
-        train(*arguments, processes=processes, engine=engine)
+        forks.train(*arguments, processes=processes, engine=engine)
         manifest = checkpoint.read_manifest(str(run), checkpoint.complete(str(run))[-1])
         assert (manifest.engine, manifest.world, manifest.progress["images"]) == (engine, processes, images)
     expected = networks(final(still))
@@ -178,13 +186,18 @@ def test_a_run_moves_from_engine_to_engine(folder, digits):
                 assert ours[images][name] == pytest.approx(theirs[images][name], rel=1e-5), (images, name)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_resumed_in_the_same_engine_it_ends_with_the_same_bits(folder, digits, engine):
-    whole = trained(folder, digits, engine, "training.final_rate=1.0", WIDE)
-    parts = folder / f"{engine}-in-parts"
+@pytest.mark.parametrize("engine", ["single", *ENGINES])
+def test_resumed_in_the_same_engine_it_ends_with_the_same_bits(folder, digits, forks, engine):
+    """In parts, by ranks that are forked, as in one by those that a user's launcher starts."""
+    whole, parts = folder / f"{engine}-whole", folder / f"{engine}-in-parts"
+    how = {"engine": engine, "processes": 1 if engine == "single" else 2}
+    options = (*HARD, "training.final_rate=1.0", WIDE)
+    done = train(*settings(whole, digits, *options), **how)
+    assert "Error" not in done.stderr
+    said = [line for line in done.stdout.splitlines() if "Setting accelerator to CPU" not in line]  # the launcher
+    assert said == []
     for images in (448, 1280):
-        more = ("training.final_rate=1.0", WIDE, f"training.images={images}")
-        train(*settings(parts, digits, *HARD, *more), processes=2, engine=engine)
+        forks.train(*settings(parts, digits, *options, f"training.images={images}"), **how)
     assert_same_bits(final(parts), final(whole))
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from training_runs import environment, settings, train
+from training_runs import environment, settings
 
 from aaae_dist import inference
 from aaae_dist.checkpoint import load_average
@@ -32,9 +32,9 @@ dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory, digits) -> Path:
+def run(tmp_path_factory, digits, forks) -> Path:
     made = tmp_path_factory.mktemp("evaluated") / "run"
-    train(*settings(made, digits))
+    forks.train(*settings(made, digits))
     return made
 
 

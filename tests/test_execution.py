@@ -9,7 +9,7 @@ import torch
 from conftest import refused
 from test_training import configured, lines
 from torch import nn
-from training_runs import ENGINES, ended, settings, train
+from training_runs import ENGINES, ended, settings
 
 from aaae_dist import checkpoint, networks
 from aaae_dist.aaae import AAAE
@@ -96,10 +96,10 @@ main()
 
 
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory, digits) -> list[dict]:
+def plain(tmp_path_factory, digits, forks) -> list[dict]:
     """What one process logs that uses none of it."""
     run = tmp_path_factory.mktemp("plain") / "run"
-    train(*settings(run, digits, *SHORT, "training.micro_batch_size=32", "data.workers=0"))
+    forks.train(*settings(run, digits, *SHORT, "training.micro_batch_size=32", "data.workers=0"))
     return lines(run)
 
 
@@ -113,19 +113,19 @@ def assert_same_losses(run: Path, plain: list[dict]) -> None:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_settings_of_memory_change_no_loss_in_any_engine(tmp_path, digits, plain, engine):
+def test_settings_of_memory_change_no_loss_in_any_engine(tmp_path, digits, forks, plain, engine):
     """Also with a layer large enough for ZeRO-3 to take it away after every use, where there is one."""
     options = ("training.channels_last=true", "training.activation_checkpointing=true", "data.workers=0")
-    train(*settings(tmp_path / "run", digits, *SHORT, *options), processes=2, engine=engine)
+    forks.train(*settings(tmp_path / "run", digits, *SHORT, *options), processes=2, engine=engine)
     assert_same_losses(tmp_path / "run", plain)
 
 
 @pytest.mark.parametrize("engine", ["single", "ddp", "zero1", "zero2", "fsdp2"])
-def test_compiled_networks_have_the_same_losses(tmp_path, digits, plain, engine):
+def test_compiled_networks_have_the_same_losses(tmp_path, digits, forks, plain, engine):
     (tmp_path / "counted.py").write_text(COUNTED)
     processes, more = 1 if engine == "single" else 2, ("training.compile=true", "training.micro_batch_size=32")
     options = settings(tmp_path / "run", digits, *SHORT, *more, "data.workers=0")
-    train(*options, processes=processes, engine=engine, script=tmp_path / "counted.py")
+    forks.train(*options, processes=processes, engine=engine, script=tmp_path / "counted.py")
     assert_same_losses(tmp_path / "run", plain)
     for rank in range(processes):
         graphs = json.loads((tmp_path / "run" / f"graphs-{rank}.json").read_text())["unique_graphs"]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import refused
-from training_runs import environment, settings, train
+from training_runs import environment, settings
 
 import aaae_dist
 from aaae_dist import inference, storage
@@ -42,9 +42,9 @@ with torch.no_grad():
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory, digits) -> str:
+def run(tmp_path_factory, digits, forks) -> str:
     made = tmp_path_factory.mktemp("exported") / "run"
-    train(*settings(made, digits))
+    forks.train(*settings(made, digits))
     return str(made)
 
 

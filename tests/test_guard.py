@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from test_training import lines, train_here, trainer_for
-from training_runs import ENGINES, assert_same_bits, ended, final, networks, settings, train
+from training_runs import ENGINES, assert_same_bits, ended, final, networks, settings
 
 from aaae_dist import checkpoint
 from aaae_dist.config import Guard as Settings
@@ -127,19 +127,19 @@ LONG = ("training.images=2560", "training.micro_batch_size=32", "checkpoint.ever
 
 
 @pytest.fixture(scope="module")
-def one_process(tmp_path_factory, digits) -> Path:
+def one_process(tmp_path_factory, digits, forks) -> Path:
     """A run of one process with two bad steps."""
     folder = tmp_path_factory.mktemp("one")
-    train(*settings(folder / "run", digits, *LONG), script=spoiled(folder, TWO_BAD))
+    forks.train(*settings(folder / "run", digits, *LONG), script=spoiled(folder, TWO_BAD))
     assert counts(folder / "run") == (2, 0)
     return folder / "run"
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_a_bad_step_of_one_rank_is_skipped_by_all_in_every_engine(tmp_path, digits, one_process, engine):
+def test_a_bad_step_of_one_rank_is_skipped_by_all_in_every_engine(tmp_path, digits, forks, one_process, engine):
     """One that is not finite, which DeepSpeed passes over in its own way, and one that explodes."""
     script = spoiled(tmp_path, TWO_BAD)
-    said = train(*settings(tmp_path / "run", digits, *LONG), processes=2, engine=engine, script=script).stderr
+    said = forks.train(*settings(tmp_path / "run", digits, *LONG), processes=2, engine=engine, script=script).stderr
     assert "aaae: the step to 192 images is skipped: the gradient of encoder is not finite" in said
     assert "aaae: the step to 2,368 images is skipped: the gradient of encoder is " in said
     assert counts(tmp_path / "run") == (2, 0)
@@ -177,10 +177,10 @@ BACK = ("guard.skips=1", "checkpoint.every=320", "training.final_rate=1.0", "log
 
 
 @pytest.mark.parametrize("engine", ["ddp", "zero3"])
-def test_too_many_bad_steps_send_the_run_back_and_on_in_another_order(tmp_path, digits, engine):
+def test_too_many_bad_steps_send_the_run_back_and_on_in_another_order(tmp_path, digits, forks, engine):
     """And what then comes is as exact as ever: stopped and continued it ends with the same bits."""
     whole, parts, how = tmp_path / "whole", tmp_path / "parts", {"processes": 2, "engine": engine}
-    said = train(*settings(whole, digits, *BACK), script=spoiled(tmp_path, ALWAYS), **how).stderr
+    said = forks.train(*settings(whole, digits, *BACK), script=spoiled(tmp_path, ALWAYS), **how).stderr
     assert f"aaae: {whole} goes back from 768 to 640 images: the gradient of encoder is not finite" in said
     (event,) = read_rollbacks(str(whole))
     assert (event["after"], event["to"], event["because"]) == (768, 640, "the gradient of encoder is not finite")
@@ -188,10 +188,10 @@ def test_too_many_bad_steps_send_the_run_back_and_on_in_another_order(tmp_path, 
     assert [line["images"] for line in lines(whole)][:-1] == list(range(64, 1281, 64))
     for images in (960, 1280):
         options = settings(parts, digits, *BACK, f"training.images={images}")
-        train(*options, script=spoiled(tmp_path, ALWAYS), **how)
+        forks.train(*options, script=spoiled(tmp_path, ALWAYS), **how)
     assert_same_bits(final(parts), final(whole))
     calm = tmp_path / "calm"
-    train(*settings(calm, digits, *BACK), **how)
+    forks.train(*settings(calm, digits, *BACK), **how)
     name = "weight/encoder.layers.0.weight"
     assert not torch.equal(final(calm)[name], final(whole)[name])
     assert checkpoint.read_manifest(str(whole), f"{1280:012d}").progress["stream"]["order"]["seed"] != 0
@@ -329,10 +329,10 @@ main()
 
 
 @pytest.mark.parametrize("network", ["encoder", "image_critic"])
-def test_weights_that_one_rank_saves_send_all_back_if_they_are_lost(tmp_path, digits, network):
+def test_weights_that_one_rank_saves_send_all_back_if_they_are_lost(tmp_path, digits, forks, network):
     """Ranks that have all alike share the tensors out among them, when they save."""
     (tmp_path / "lost.py").write_text(LOST.format(network=network))
     more = ("training.images=640", "checkpoint.every=64", "data.workers=0", "evaluation.every=0")
-    done = train(*settings(tmp_path / "run", digits, *more), processes=2, script=tmp_path / "lost.py")
+    done = forks.train(*settings(tmp_path / "run", digits, *more), processes=2, script=tmp_path / "lost.py")
     assert f"goes back from 256 to 192 images: {network}." in done.stderr
     assert all(value.isfinite().all() for value in final(tmp_path / "run").values())

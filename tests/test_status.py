@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from conftest import refused
 from test_cli import AAAE, ENVIRONMENT, call
-from training_runs import settings, train
+from training_runs import settings
 
 from aaae_dist import checkpoint, status, storage
 from aaae_dist.reader import Bad
@@ -171,10 +171,10 @@ def test_warnings():
 
 
 @pytest.mark.parametrize("place", ["disk", "s3"])
-def test_a_real_run_is_read_and_not_touched(place, request, tmp_path, digits, capsys):
+def test_a_real_run_is_read_and_not_touched(place, request, tmp_path, digits, forks, capsys):
     run = f"{request.getfixturevalue('s3')}/runs/one" if place == "s3" else str(tmp_path / "one")
     options = settings(run, digits, "evaluation.every=640")
-    train(*options, "training.images=640", processes=2)
+    forks.train(*options, "training.images=640", processes=2)
 
     def held() -> dict[str, Any]:
         store, path = storage.locate(run)
@@ -188,7 +188,7 @@ def test_a_real_run_is_read_and_not_touched(place, request, tmp_path, digits, ca
     assert out[0].endswith(" images/s")
     assert [row.split()[0] for row in out[1:5]] == ["losses", "held", "checkpoint", "restarts"]
     assert out[4].split(maxsplit=1)[1] == "0, rollbacks: 0"
-    train(*options)
+    forks.train(*options)
     assert held().keys() > before.keys()
     before = held()
     assert call("status", run, "--json", "--follow") == 0
@@ -207,9 +207,9 @@ def test_a_real_run_is_read_and_not_touched(place, request, tmp_path, digits, ca
 
 
 @pytest.fixture(scope="module")
-def trained(digits, tmp_path_factory) -> str:
+def trained(digits, forks, tmp_path_factory) -> str:
     run = str(tmp_path_factory.mktemp("status") / "run")
-    train(*settings(run, digits, "training.images=640", "checkpoint.every=320"))
+    forks.train(*settings(run, digits, "training.images=640", "checkpoint.every=320"))
     return run
 
 

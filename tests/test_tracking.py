@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from PIL import Image
 from servers import MlflowServer
-from training_runs import SLOW, settings, train
+from training_runs import SLOW, settings
 
 from aaae_dist import storage, tracking
 from aaae_dist.config import Config
@@ -176,17 +176,17 @@ def test_mlflow_gets_all_of_a_run(place, request, crooked, tmp_path, capfd, capl
     assert shades == {"images/samples+step+100": (100,) * 3, "images/samples+step+300": (44,) * 3}
 
 
-def test_nodes_and_a_slow_rank_are_told_under_their_names_in_the_one_run(digits):
+def test_nodes_and_a_slow_rank_are_told_under_their_names_in_the_one_run(digits, forks):
     """Of two ranks, each on a node of its own as it believes, the second sleeps in every forward."""
     run = Path("run").absolute()
     options = settings(run, digits, "tracking.mlflow=true", "checkpoint.every=320")
-    said = train(*options, "training.images=640", processes=2, script=SLOW).stderr
+    said = forks.train(*options, "training.images=640", processes=2, script=SLOW).stderr
     assert (
         len(re.findall(r"aaae: rank 1 on node n1 is slow: its forward takes [2-9]\d\d ms, \S+ ms is usual", said)) == 2
     )
     assert "rank 0 on node" not in said
     assert "aaae" not in re.sub("aaae: .*", "", said)
-    train(*options, processes=2)  # on this machine's one node
+    forks.train(*options, processes=2)  # on this machine's one node
     assert (agree(run), alone(run)) == (True, True)
     figures, here = known(run).data.metrics, safe_name(platform.node())
     of_nodes = {name.rpartition("/")[0] for name in figures if name.startswith("system/")}

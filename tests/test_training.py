@@ -19,7 +19,7 @@ import torch
 from accelerate.state import AcceleratorState
 from conftest import awaited, prepared
 from test_data import data_workers
-from training_runs import DOUBLE, ROOT, assert_same_bits, command, ended, environment, final, networks, settings, train
+from training_runs import DOUBLE, ROOT, assert_same_bits, command, ended, environment, final, networks, settings
 
 from aaae_dist import checkpoint, distributed, storage
 from aaae_dist import interval as module
@@ -84,14 +84,14 @@ def test_averages_halve_what_was_before_in_a_half_life():
 
 
 @pytest.mark.parametrize(("double", "tolerance"), [(False, 1e-5), (True, 1e-10)], ids=["float32", "float64"])
-def test_one_process_equals_two_and_micro_batches(tmp_path, digits, double, tolerance):
+def test_one_process_equals_two_and_micro_batches(tmp_path, digits, forks, double, tolerance):
     """Every tensor of the networks and their averages, to a share of its norm, after 20 steps."""
     ways = {"one": (1, "0"), "two": (2, "0"), "four_parts": (1, "16"), "two_by_two": (2, "16")}
     found = {}
     for name, (processes, micro) in ways.items():
         run = tmp_path / name
         options = settings(run, digits, f"training.micro_batch_size={micro}", "checkpoint.every=0")
-        train(*options, processes=processes, script=DOUBLE if double else None)
+        forks.train(*options, processes=processes, script=DOUBLE if double else None)
         found[name] = networks(final(run))
         evaluated = next(line for line in reversed(lines(run)) if "latent/frechet_over_trace" in line)
         found[name]["evaluation"] = torch.tensor([v for k, v in evaluated.items() if "/" in k])
@@ -162,18 +162,18 @@ def test_worker_processes_change_no_bit_and_end_with_the_training(tmp_path, numb
     assert_same_bits(final(tmp_path / "some"), final(tmp_path / "none"))
 
 
-def test_variation_and_mixes_are_the_same_on_two_ranks(tmp_path):
+def test_variation_and_mixes_are_the_same_on_two_ranks(tmp_path, forks):
     options, _ = mixed(tmp_path, side=9)
     for processes in (1, 2):
         more = ("data.crop=true", "data.flip=true", "checkpoint.every=0")
-        train(*settings(tmp_path / str(processes), "", *options, *more), processes=processes)
+        forks.train(*settings(tmp_path / str(processes), "", *options, *more), processes=processes)
     one, two = (networks(final(tmp_path / name)) for name in "12")
     for key, value in one.items():
         assert (two[key] - value).norm() <= 1e-5 * value.norm(), key
 
 
-def test_ranks_see_the_same_statistics_and_one_line_of_metrics(tmp_path, digits):
-    train(*settings(tmp_path / "run", digits), processes=2)
+def test_ranks_see_the_same_statistics_and_one_line_of_metrics(tmp_path, digits, forks):
+    forks.train(*settings(tmp_path / "run", digits), processes=2)
     found = lines(tmp_path / "run")
     assert [line["images"] for line in found] == [320, 640, 960, 1280, 1280]
     first = found[0]
@@ -279,7 +279,7 @@ def launched(run: Path, digits: str, *more: str) -> Iterator[subprocess.Popen]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_one_rank_asked_to_stop_all_save_at_the_same_step_and_leave(tmp_path, digits, number):
+def test_one_rank_asked_to_stop_all_save_at_the_same_step_and_leave(tmp_path, digits, forks, number):
     run = tmp_path / "run"
     with launched(run, digits, "checkpoint.every=0") as launcher:
         os.kill(workers_of(launcher.pid)[1], number)
@@ -289,7 +289,7 @@ def test_one_rank_asked_to_stop_all_save_at_the_same_step_and_leave(tmp_path, di
     saved = checkpoint.read_manifest(str(run), name)
     assert saved.progress["images"] == int(name) < 10_000_000
     assert int(name) % 64 == 0
-    train(*settings(run, digits, f"training.images={int(name) + 64}", "checkpoint.every=0"), processes=2)
+    forks.train(*settings(run, digits, f"training.images={int(name) + 64}", "checkpoint.every=0"), processes=2)
     assert checkpoint.complete(str(run))[-1] == f"{int(name) + 64:012d}"
 
 
@@ -314,11 +314,11 @@ def test_ranks_end_with_a_launcher_that_is_killed(tmp_path, digits):
         assert left == []
 
 
-def test_a_finished_run_has_nothing_left_to_do(tmp_path, digits, capsys):
+def test_a_finished_run_has_nothing_left_to_do(tmp_path, digits, forks):
     arguments = settings(tmp_path / "run", digits, "training.images=128")
-    train(*arguments)
+    forks.train(*arguments)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file()}
-    done = train(*arguments)
+    done = forks.train(*arguments)
     assert "nothing is left to do" in done.stderr
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
 
@@ -391,13 +391,12 @@ def test_a_run_that_not_all_ranks_see_is_refused(tmp_path, digits, monkeypatch):
         train_here(*options)
 
 
-@pytest.mark.parametrize("processes", [2, 4])
-def test_ranks_killed_and_resumed_end_with_the_same_bits(tmp_path, digits, processes):
-    """More than two ranks sum in an order that depends on how DDP lays out its buckets."""
+def test_four_ranks_killed_and_resumed_end_with_the_same_bits(tmp_path, digits, forks):
+    """More than two, which test_kills has, sum in an order that depends on how DDP lays out its buckets."""
     whole, parts, length = tmp_path / "whole", tmp_path / "parts", "training.images=6_400"
-    train(*settings(whole, digits, length, "checkpoint.every=0"), processes=processes)
+    forks.train(*settings(whole, digits, length, "checkpoint.every=0"), processes=4)
     arguments = settings(parts, digits, length)
-    line = command(*arguments, processes=processes)
+    line = command(*arguments, processes=4)
     launcher = subprocess.Popen(line, env=environment(), stderr=subprocess.DEVNULL, cwd=ROOT)
     try:
         awaited(lambda: newest(parts), of=launcher, seconds=120.0)
@@ -406,7 +405,7 @@ def test_ranks_killed_and_resumed_end_with_the_same_bits(tmp_path, digits, proce
             os.kill(pid, signal.SIGKILL)
         launcher.wait()
     assert 0 < newest(parts) < 6_400, "it must be killed while it trains"
-    train(*arguments, processes=processes)
+    forks.train(*arguments, processes=4)
     assert_same_bits(final(parts), final(whole))
 
 
@@ -605,7 +604,7 @@ def test_wild_rates_never_end_in_a_finished_run(tmp_path, digits, rate):
     assert checkpoint.complete(str(tmp_path / "run")) == []
 
 
-def test_bad_samples_are_counted_over_all_ranks(tmp_path, digits, monkeypatch):
+def test_bad_samples_are_counted_over_all_ranks(tmp_path, digits, forks, monkeypatch):
     """Neither of two ranks meets too many, the two together do. Where more are allowed, they are listed, each once."""
     run, out = tmp_path / "run", tmp_path / "bad"
     batch = next(trainer_for(*settings(run, digits)).batches).keys
@@ -617,7 +616,7 @@ def test_bad_samples_are_counted_over_all_ranks(tmp_path, digits, monkeypatch):
 
     arguments = settings(run, str(out), "training.images=64", "data.bad_share=0.001")
     with pytest.raises(AssertionError, match=f"aaae: {out}: 12 unreadable samples, more than data.bad_share = 0.001"):
-        train(*arguments, processes=2)
+        forks.train(*arguments, processes=2)
     assert checkpoint.complete(str(run)) == []
     train_here(*arguments, "data.bad_share=0.1")
     listed = [json.loads(line) for line in (run / "quarantine.jsonl").read_text().splitlines()]
