@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
 # The ranks of one node, under accelerate. Called on every node by slurm.sbatch, local.sh and the Kubernetes manifest.
-#   NODES=2 NODE=0 HEAD=10.0.0.1 [PORT=29500] [PROCESSES=1] [ENGINE=ddp] [GRACE=120] launch/node.sh CONFIG... [section.key=value ...]
+#   NODES=2 NODE=0 HEAD=10.0.0.1 [PORT=29500] [PROCESSES=1] [ENGINE=ddp] [GRACE=120] [MEET=900]
+#     launch/node.sh CONFIG... [section.key=value ...]
 # NODES: how many there are; NODE: which this one is, from 0; HEAD: name or address of node 0, PORT: a free one there.
 # PROCESSES: of this node, one for each GPU. ENGINE: of launch/ENGINE.yaml. GRACE: seconds for saving after SIGTERM.
+# MEET: seconds within which all nodes must have found each other, of which one may have an image to fetch.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 : "${NODES:?how many nodes there are}" "${NODE:?which of them this is, from 0}" "${HEAD:?the address of node 0}"
@@ -31,6 +33,6 @@ export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
 options=(--config_file "launch/$engine.yaml" --num_processes $((NODES * processes)))
 if [ "$NODES" -gt 1 ]; then
   options+=(--num_machines "$NODES" --machine_rank "$NODE" --main_process_ip "$HEAD" --main_process_port "${PORT:-29500}")
-  options+=(--rdzv_backend static --same_network)
+  options+=(--rdzv_backend static --rdzv_conf "timeout=${MEET:-900}" --same_network)
 fi
 exec accelerate launch "${options[@]}" -m aaae_dist train "$@"

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import numpy as np
 import pytest
@@ -43,6 +43,11 @@ def awaited(call: Callable[[], Result], *, of: subprocess.Popen | None = None, s
         assert time.monotonic() < deadline
         time.sleep(0.02)
     return found
+
+
+def unavailable(reason: str) -> NoReturn:
+    """End a test that cannot be made here: in CI it must be, and fails; elsewhere it is skipped."""
+    (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
 
 
 @pytest.fixture(scope="session")
@@ -101,7 +106,7 @@ def small_disk(folder: Path, size: str) -> Iterator[Path]:
     folder.mkdir()
     line = ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", folder]
     if subprocess.run(line, capture_output=True, check=False).returncode:
-        (pytest.fail if os.environ.get("CI") else pytest.skip)("mounting a small disk needs root")
+        unavailable("mounting a small disk needs root")
     try:
         yield folder
     finally:

@@ -60,7 +60,17 @@ def test_a_node_starts_its_ranks(tmp_path):
     assert said == [
         *("launch", "--config_file", "launch/zero2.yaml", "--num_processes", "8", "--num_machines", "2"),
         *("--machine_rank", "1", "--main_process_ip", "127.0.0.1", "--main_process_port", "1234"),
-        *("--rdzv_backend", "static", "--same_network", "-m", "aaae_dist", "train", "configs/smoke.toml"),
+        *(
+            "--rdzv_backend",
+            "static",
+            "--rdzv_conf",
+            "timeout=900",
+            "--same_network",
+            "-m",
+            "aaae_dist",
+            "train",
+            "configs/smoke.toml",
+        ),
         *("training.seed=1", "lo", "lo", "77", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"),
     ]
     assert int(ignored.split()[1], 16) >> (10 - 1) & 1, "SIGUSR1 has number 10"
@@ -76,17 +86,21 @@ def test_one_process_needs_no_launcher(tmp_path):
 # --- hosts
 
 
-def test_a_host_that_cannot_be_reached_ends_the_others(tmp_path):
+@pytest.mark.parametrize("hosts", ["near far", "far near"])
+@pytest.mark.parametrize("after", ["0", "1.5"])  # seconds
+@pytest.mark.parametrize("under", [[], ["nohup"]])
+def test_a_host_that_fails_ends_the_others(tmp_path, hosts, after, under):
     """What each reads is held open until then."""
-    program(tmp_path, "ssh", 'case $1 in near) cat > /dev/null;; *) echo "no route to $1" >&2; exit 255;; esac')
+    far = f'sleep {after}; echo "no route to far" >&2; exit 255'
+    program(tmp_path, "ssh", f'case "$*" in *" near bash -c "*) cat > /dev/null;; *) {far};; esac')
     shutil.copytree(ROOT / "launch", tmp_path / "project" / "launch")
     (tmp_path / "project" / ".venv").mkdir()
-    for hosts in ("near far", "far near"):
-        done = run(tmp_path, "project/launch/local.sh", "configs/smoke.toml", HOSTS=hosts)
-        assert done.returncode == 255, done.stderr
-        (log,) = (tmp_path / "project" / "logs").glob("*/*-far.log")
-        assert log.read_text() == "no route to far\n"
-        shutil.rmtree(tmp_path / "project" / "logs")
+    done = run(tmp_path, *under, "project/launch/local.sh", "configs/smoke.toml", HOSTS=hosts)
+    assert done.returncode == 255, done.stderr
+    assert "far: ended with exit code 255; its log is logs/" in done.stderr
+    (log,) = (tmp_path / "project" / "logs").glob("*/*-far.log")
+    assert log.read_text() == "no route to far\n"
+    assert len(list(log.parent.iterdir())) == 2
 
 
 # --- a job
@@ -106,6 +120,8 @@ def job(tmp_path: Path) -> Path:
     program(tmp_path, "scontrol", f'echo "scontrol $*" >> told; case $* in {" ".join(answers)} esac')
     program(tmp_path, "squeue", "echo 2026-11-28T12:00:00")
     program(tmp_path, "sleep", "exit 0")
+    (tmp_path / "logs" / "7").mkdir(parents=True)
+    (tmp_path / "logs" / "7" / "preflight").touch()  # which found nothing
     return tmp_path
 
 
@@ -118,6 +134,7 @@ def ended(folder: Path, **variables: str) -> tuple[int, str]:
 
 
 STOPPED = 'echo -n again > "$AAAE_STOPPED"'
+DONE = STOPPED.replace("again", "done")
 NOT_AGAIN = "stopped and saved, and not started again: "
 
 
@@ -132,6 +149,8 @@ NOT_AGAIN = "stopped and saved, and not started again: "
         (STOPPED, {"REQUEUES": "1"}, 75, f"{NOT_AGAIN}it was, 1 times; REQUEUES is the limit", False),
         (STOPPED.replace("again", "'no further'"), {}, 75, f"{NOT_AGAIN}no further", False),
         (f"{STOPPED}; kill -TERM $PPID", {}, 75, "stopped and saved; SLURM decides", False),
+        (f"{DONE}; kill -USR1 $PPID; exit 143", {}, 0, "the training ended with exit code 0", False),
+        (f"{DONE}; exit 2", {}, 2, "the training ended with exit code 2", False),
     ],
 )
 def test_a_job_ends_as_its_training_did(job, srun, variables, code, word, again):
@@ -150,17 +169,20 @@ def test_a_job_whose_node_does_not_answer_waits_for_slurm(job):
     )
 
 
-def test_an_error_that_the_preflight_finds_ends_the_first_start_and_no_other(job):
+def test_nothing_starts_before_the_preflight_has_found_nothing(job):
+    """Which is asked no more then: what is under way is to go on, come what may."""
+    (job / "logs" / "7" / "preflight").unlink()
     program(job, "srun", "touch trained")
-    program(job, "aaae", 'echo "$*" >> looked; exit 2')
-    first = ended(job, SLURM_RESTART_COUNT="0", SLURM_GPUS_ON_NODE="4")
-    assert first == (2, "nothing was started: the preflight ended with exit code 2")
-    assert (job / "looked").read_text() == (
-        "preflight configs/smoke.toml --nodes 1 --processes-per-node 4 --engine ddp --grace 120\n"
-    )
-    assert not (job / "trained").exists()
-    assert ended(job, SLURM_RESTART_COUNT="1")[0] == 0
-    assert (job / "trained").exists()
+    program(job, "aaae", 'echo "$*" >> looked; exit $FOUND')
+    word = "nothing was started: the preflight ended with exit code "
+    for code in ("2", "143"):  # the latter as of one that is requeued meanwhile
+        assert ended(job, FOUND=code, SLURM_GPUS_ON_NODE="4") == (int(code), word + code)
+        assert not (job / "trained").exists()
+    for code in ("0", "2"):
+        assert ended(job, FOUND=code, SLURM_GPUS_ON_NODE="4")[0] == 0
+        assert (job / "trained").exists()
+    line = "preflight configs/smoke.toml --nodes 1 --processes-per-node 4 --engine ddp --grace 120"
+    assert (job / "looked").read_text().splitlines() == [line] * 3
 
 
 @pytest.mark.parametrize(

@@ -5,14 +5,17 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import hosts
 import psutil
 import pytest
-from conftest import awaited
+from conftest import awaited, unavailable
 from operations import ROWS
 from servers import Daemon, free_port
 from training_runs import ROOT, assert_same_bits, environment, final, settings, train
@@ -21,7 +24,7 @@ from aaae_dist import checkpoint
 
 LOCAL = ROOT / "launch" / "local.sh"
 SSHD_CONF = """\
-ListenAddress 127.0.0.1:{port}
+ListenAddress {address}:{port}
 HostKey {folder}/host
 AuthorizedKeysFile {folder}/user.pub
 PidFile none
@@ -31,24 +34,40 @@ PasswordAuthentication no
 """
 
 
-@pytest.fixture(scope="module")
-def ssh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """How to reach an ssh server on 127.0.0.1, which lets in whoever has a key made for this."""
+def here(*line: str | Path) -> list[str | Path]:
+    return [*line]
+
+
+@contextmanager
+def sshd(folder: Path, address: str, *, port: int, line: Callable[..., list[str | Path]] = here) -> Iterator[str]:
+    """How to reach an ssh server on this address, which lets in whoever has a key made for this.
+
+    Args:
+        line: what a command becomes that is run where that address is.
+    """
     server = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin")
     if server is None:
-        (pytest.fail if os.environ.get("CI") else pytest.skip)("sshd is not installed; .ci/run installs it")
-    folder, port = tmp_path_factory.mktemp("ssh"), free_port()
+        unavailable("sshd is not installed; .ci/run installs it")
     for key in ("host", "user"):
-        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / key], check=True)
-    (folder / "conf").write_text(SSHD_CONF.format(port=port, folder=folder))
+        if not (folder / key).exists():
+            subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / key], check=True)
+    conf = folder / f"conf-{address}"
+    conf.write_text(SSHD_CONF.format(address=address, port=port, folder=folder))
     Path("/run/sshd").mkdir(exist_ok=True)  # where it goes before it knows who comes
     with ThreadPoolExecutor(1) as starter:
-        command = (server, "-D", "-e", "-f", str(folder / "conf"))
-        daemon = Daemon(*command, variables={}, log=folder / "log", starter=starter, port=port)
+        command = map(str, line(server, "-D", "-e", "-f", conf))
+        reachable = port if address == "127.0.0.1" else 0
+        daemon = Daemon(*command, variables={}, log=folder / "log", starter=starter, port=reachable)
         daemon.start()
         options = "-o BatchMode=yes -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null -o LogLevel=ERROR"
         yield f"ssh -F none -p {port} -i {folder}/user {options}"
         daemon.kill()
+
+
+@pytest.fixture(scope="module")
+def ssh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with sshd(tmp_path_factory.mktemp("ssh"), "127.0.0.1", port=free_port()) as command:
+        yield command
 
 
 @pytest.fixture
@@ -61,10 +80,11 @@ def folder(tmp_path: Path) -> Path:
     return made
 
 
-def started(folder: Path, *arguments: str, **variables: str) -> subprocess.Popen[str]:
+def started(folder: Path, *arguments: str, under: Sequence[str | Path] = (), **variables: str) -> subprocess.Popen[str]:
     there = environment() | {"VENV": sys.prefix} | variables
     line = ["bash", "launch/local.sh", *arguments]
-    return subprocess.Popen(line, cwd=folder, env=there, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([*under, *line], cwd=folder, env=there, start_new_session=True, **options)
 
 
 def test_this_machine_alone(folder, tmp_path, digits):
@@ -84,8 +104,8 @@ def test_this_machine_alone(folder, tmp_path, digits):
 
 def test_several_hosts_by_ssh(folder, tmp_path, digits, ssh):
     """Two names of this machine; the same bits as two processes that it starts itself."""
-    run, other, hosts = tmp_path / "run", tmp_path / "other", {"HOSTS": "127.0.0.1 localhost", "SSH": ssh}
-    with started(folder, *settings(run, digits), **hosts, PORT=str(free_port())) as process:
+    run, other, both = tmp_path / "run", tmp_path / "other", {"HOSTS": "127.0.0.1 localhost", "SSH": ssh}
+    with started(folder, *settings(run, digits), **both, PORT=str(free_port())) as process:
         _, said = process.communicate(timeout=200)
         assert process.returncode == 0, said
     assert "1,280 of 1,280 images" in said
@@ -96,16 +116,18 @@ def test_several_hosts_by_ssh(folder, tmp_path, digits, ssh):
 
 
 def test_hosts_are_stopped_together_and_go_on(folder, tmp_path, digits, ssh):
-    run, hosts = str(tmp_path / "run"), {"HOSTS": "127.0.0.1 localhost", "SSH": ssh}
+    """By Ctrl-C: a terminal's signal comes to every process of the script, ssh included."""
+    run, both = str(tmp_path / "run"), {"HOSTS": "127.0.0.1 localhost", "SSH": ssh}
     long = ("training.images=12_800", "checkpoint.every=640", "logging.every=320")
-    with started(folder, *settings(run, digits, *long), **hosts, PORT=str(free_port())) as process:
+    with started(folder, *settings(run, digits, *long), **both, PORT=str(free_port())) as process:
         awaited(lambda: bool(checkpoint.complete(run)), of=process, seconds=120)
-        process.send_signal(signal.SIGTERM)
+        os.killpg(process.pid, signal.SIGINT)
         _, said = process.communicate(timeout=100)
-        assert process.returncode not in (0, -signal.SIGTERM), said
+        assert process.returncode not in (0, -signal.SIGINT), said
+        assert not ranks_of(run, rank="0") + ranks_of(run, rank="1")
     stopped = int(checkpoint.complete(run)[-1])
     assert f"stopped as asked, after {stopped:,} of 12,800 images" in said
-    with started(folder, *settings(run, digits, *long), **hosts, PORT=str(free_port())) as process:
+    with started(folder, *settings(run, digits, *long), **both, PORT=str(free_port())) as process:
         _, said = process.communicate(timeout=200)
         assert process.returncode == 0, said
     assert f"goes on from {stopped:,} images" in said
@@ -113,9 +135,9 @@ def test_hosts_are_stopped_together_and_go_on(folder, tmp_path, digits, ssh):
 
 def test_a_rank_that_hangs_is_ended_with_the_others(folder, tmp_path, digits, ssh):
     """Its launcher does not see it. The script sees that the other host has ended, and ends this one."""
-    run, hosts = str(tmp_path / "run"), {"HOSTS": "127.0.0.1 localhost", "SSH": ssh, "GRACE": "2"}
+    run, both = str(tmp_path / "run"), {"HOSTS": "127.0.0.1 localhost", "SSH": ssh, "GRACE": "5"}
     more = ("training.images=1_000_000", "checkpoint.every=640", "training.silence=5", "data.workers=0")
-    with started(folder, *settings(run, digits, *more), **hosts, PORT=str(free_port())) as process:
+    with started(folder, *settings(run, digits, *more), **both, PORT=str(free_port())) as process:
         awaited(lambda: bool(checkpoint.complete(run)), of=process, seconds=120)
         (hanging,) = ranks_of(run, rank="1")
         hanging.suspend()
@@ -124,6 +146,26 @@ def test_a_rank_that_hangs_is_ended_with_the_others(folder, tmp_path, digits, ss
         assert process.returncode not in (0, -signal.SIGHUP), said
     assert row.says(0, said)
     assert not ranks_of(run, rank="0") + ranks_of(run, rank="1")
+
+
+def test_a_host_that_is_cut_off_is_given_up(folder, tmp_path, digits):
+    """Its ssh would wait for it for a quarter of an hour. The script is on a third host."""
+    if not hosts.can_be_made():
+        unavailable("hosts need root, iproute2, iptables; .ci/run has them")
+    run, more = str(tmp_path / "run"), ("training.images=1_000_000", "checkpoint.every=640", "training.silence=5")
+    (keys := tmp_path / "keys").mkdir()
+    with hosts.network(3) as network, ExitStack() as stack:
+        for host in range(2):
+            line = partial(network.line, host)
+            command = stack.enter_context(sshd(keys, network.address(host), line=line, port=2222))
+        there = {"HOSTS": f"{network.address(0)} {network.address(1)}", "SSH": command, "GRACE": "5"}
+        with started(folder, *settings(run, digits, *more), under=network.line(2), **there) as process:
+            awaited(lambda: bool(checkpoint.complete(run)), of=process, seconds=120)
+            network.cut(1)
+            _, said = process.communicate(timeout=60)
+    assert process.returncode not in (0, None), said
+    assert "no sign of life for 5 s, see training.silence" in said
+    assert f"{network.address(1)}: ended with exit code 255" in said
 
 
 def ranks_of(run: str, *, rank: str) -> list[psutil.Process]:
