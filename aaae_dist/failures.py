@@ -9,7 +9,7 @@ from typing import Any
 
 from aaae_dist.errors import UserError, one_line
 
-WRONG_CLOCK = 240.0  # seconds: S3 allows 900, other stores 300
+WRONG_CLOCK = 290.0  # seconds: S3 allows 900, other stores 300
 
 
 class IncompleteError(ConnectionError):
@@ -29,8 +29,8 @@ def reason(error: BaseException) -> str:
     response = response if isinstance(response, dict) else {}
     if refused or "InvalidAccessKeyId" in text or "SignatureDoesNotMatch" in text:
         if abs(ahead := clock_ahead(response)) > WRONG_CLOCK:
-            which = "ahead" if ahead > 0 else "behind"
-            return f"access denied, as this machine's clock is {abs(ahead):.0f} s {which}; set it"
+            apart = f"{abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} the store's"
+            return f"access denied; this machine's clock is {apart}: set it, or check the credentials"
         return "access denied; check the credentials and the permissions of this URL"
     stated = response.get("Error", {}).get("Code", "")
     text = one_line(error.__cause__) if stated and error.__cause__ else text

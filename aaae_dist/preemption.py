@@ -4,9 +4,9 @@ A scheduler tells by the environment:
 
     SLURM_JOB_END_TIME               when the job will be ended, in seconds since 1970
     TORCH_ELASTIC_SHUTDOWN_TIMEOUT   seconds that the launcher leaves its ranks after SIGTERM; 30 where it is not set
-    AAAE_STOPPED                     file in which rank 0 leaves word that the run was stopped before its end
+    AAAE_STOPPED                     file in which rank 0 leaves word that the run was stopped, or is done
 
-launch/slurm.sbatch reads that word: a launcher's exit code does not tell a run that was stopped from one that failed.
+slurm.sbatch and kubernetes/pod.sh of launch/ read that word: a launcher that is asked to stop ends as if it had failed.
 """
 
 import os
@@ -17,7 +17,7 @@ from aaae_dist.failures import explained
 
 LAUNCHERS_PATIENCE = 30.0  # seconds, where nothing is set
 MARGIN = 20.0  # seconds for what comes after the save, and for clocks that are not the controller's
-AGAIN = "again"
+AGAIN, DONE = "again", "done"
 BEGAN = time.time()  # an end before that is another job's
 
 
@@ -49,10 +49,11 @@ def complain_of_grace(saving: float) -> str:
     )
 
 
-def leave_word(*, gained: bool) -> None:
-    """Leave word that the run was stopped, and saved, before its end.
+def leave_word(*, done: bool, gained: bool) -> None:
+    """Leave word that the run is saved.
 
     Args:
+        done: whether that is its end, and not only where it was stopped.
         gained: whether it came further than it was when it began; only then it is worth another start.
 
     Raises:
@@ -60,4 +61,5 @@ def leave_word(*, gained: bool) -> None:
     """
     if place := os.environ.get("AAAE_STOPPED"):
         with explained(place):
-            Path(place).write_text(AGAIN if gained else "it came no further than it was when it began")
+            again = AGAIN if gained else "it came no further than it was when it began"
+            Path(place).write_text(DONE if done else again)

@@ -145,8 +145,8 @@ class Trainer:
                     f"{self.state.images:,}",
                     f"{config.training.images:,}",
                 )
-                if main:
-                    leave_word(gained=self.state.images > began_at)
+            if main:
+                leave_word(done=status == "FINISHED", gained=self.state.images > began_at)
         except BaseException as error:
             if not distributed.lost_peer(error):  # of which the other ranks know better, or as little
                 self.stop.fail(error)  # they hear of it while this one puts its affairs in order

@@ -19,7 +19,7 @@ from aaae_dist.errors import UserError, speaker, tell
 from aaae_dist.stopping import StopRequest
 
 SIGN = 1.0  # seconds between two signs of life
-AWAY = 5 * SIGN  # seconds after which this rank, not the next, was not there: stopped, as all are by a suspended job
+AWAY = 3 * SIGN  # seconds after which this rank, not the next, was not there: stopped, as all are by a suspended job
 BROKEN = 3 * SIGN  # seconds without one that are enough where a collective has failed
 GRACE = 6.0  # seconds that a rank gets to end in order when another has failed
 FAILED, LEFT = "failed", b"left"
@@ -37,11 +37,12 @@ class Watch:
             patience: seconds within which that store must be found, and all ranks be at work.
         """
         self.run, self.stop, self.patience = run, stop, patience
-        self.most = patience  # seconds for which this rank may give no sign of life
+        self.most = patience  # seconds for which this rank may give no sign of life, and the store no answer
         self.broken = False  # whether a collective has failed here
         self.rank, self.next = str(launched_rank()), str((launched_rank() + 1) % launched_world())
         self.ended, self.told, self.news = threading.Event(), threading.Event(), threading.Event()
-        self.reason = ""  # why another rank failed
+        self.reason = ""  # why another rank failed, or seems to be gone
+        self.losing = threading.Lock()
         self.answered = time.monotonic()  # when the store did so last
         self.thread = threading.Thread(target=self.watch, name="watch", daemon=True)
         self.overseer = threading.Thread(target=self.oversee, name="overseer", daemon=True)
@@ -87,23 +88,30 @@ class Watch:
                 self.lose_store()
 
     def oversee(self) -> None:
-        """Another thread: where packets are lost without a word, a request to the store takes a quarter of an hour."""
+        """Another thread: give the launcher's store up when it has not answered for too long.
+
+        Where packets are lost without a word, a request to it returns after a quarter of an hour.
+        """
         looked = time.monotonic()
-        while not (self.ended.wait(SIGN) or self.told.is_set() or self.stop.signal) and self.thread.is_alive():
+        while not (self.ended.wait(SIGN) or self.told.is_set()) and self.thread.is_alive():
             now = time.monotonic()
             if now - looked > AWAY:
                 self.answered = now
-            if now - self.answered > self.most:
+            if now - self.answered > (self.most if self.stop.signal is None else self.patience):
                 self.lose_store()
                 return
             looked = now
 
     def lose_store(self) -> None:
-        """Bring this process down for want of the launcher's store, unless that is under way."""
-        if self.told.is_set():
-            return
-        self.reason = f"the launcher's store at {os.environ['MASTER_ADDR']} does not answer; is the network up?"
-        self.told.set()
+        self.lose(f"the launcher's store at {os.environ['MASTER_ADDR']} does not answer; is the network up?")
+
+    def lose(self, reason: str) -> None:
+        """Bring this process down for a reason, unless that is under way for another."""
+        with self.losing:
+            if self.told.is_set():
+                return
+            self.reason = reason
+            self.told.set()
         self.bring_down()
 
     def look(self, store: dist.Store) -> bool:
@@ -132,12 +140,10 @@ class Watch:
                 most = math.inf if sign == LEFT else float(sign.split()[1])
             elif time.monotonic() - since > (allowed := BROKEN if self.broken and sign != LEFT else most):
                 setting = "patience" if most == self.patience else "silence"
-                because = f"see training.{setting}" if allowed == most else "and its connections are broken"
+                because = f"see training.{setting}" if allowed == most else "and a connection is broken"
                 store.compare_set(FAILED, "", f"rank {self.next}: no sign of life for {allowed:.0f} s, {because}")
             if store.check([FAILED]):
-                self.reason = store.get(FAILED).decode()
-                self.told.set()
-                self.bring_down()
+                self.lose(store.get(FAILED).decode())
                 return
             self.answered = time.monotonic()
             self.news.wait(SIGN)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from training_runs import ROOT
 
-WAITS = 5.0  # seconds that tests set training.silence and data.patience to
+WAITS = 5.0  # seconds that tests set training.silence, data.patience and GRACE to
 
 
 class Row(NamedTuple):
@@ -19,7 +19,7 @@ class Row(NamedTuple):
 
     def seconds(self) -> float:
         """Within which it ends, under the settings of the test."""
-        return sum(WAITS if "." in part else float(part) for part in self.within.split(" + "))
+        return sum(float(part) if part.isdigit() else WAITS for part in self.within.split(" + "))
 
     def says(self, rank: int, said: str) -> bool:
         """Whether what a rank has said holds all that the row has of it; numbers there are examples."""
@@ -30,8 +30,14 @@ class Row(NamedTuple):
         return True
 
 
-ROWS = {
-    cells[0]: Row(*cells)
-    for line in (ROOT / "docs" / "operations.md").read_text().splitlines()
-    if line.startswith("| ") and len(cells := line.strip("| ").split(" | ")) == 5
-}
+def table() -> dict[str, Row]:
+    """The rows by their faults, of which each must be there once."""
+    page = (ROOT / "docs" / "operations.md").read_text()
+    lines = page.partition("| fault |")[2].partition("\n\n")[0].splitlines()[2:]
+    rows = [Row(*(cell.strip() for cell in line.strip("|").split(" | "))) for line in lines]
+    found = {row.fault: row for row in rows}
+    assert len(found) == len(rows)
+    return found
+
+
+ROWS = table()

@@ -17,7 +17,7 @@ import numpy as np
 import psutil
 import pytest
 import servers
-from conftest import awaited, copied, forget_clients, noise, prepared, refused
+from conftest import awaited, copied, forget_clients, noise, prepared, refused, unavailable
 from test_data import assert_same, data_workers
 from test_data import read as read_stream
 from test_reader import read_all, reader
@@ -337,7 +337,7 @@ def test_single_samples_that_someone_waits_for_go_first(small, tmp_path, request
 
 def test_a_store_that_may_be_read_but_not_listed(small, s3, monkeypatch):
     if not servers.ceph_is_installed():
-        (pytest.fail if os.environ.get("CI") else pytest.skip)("Ceph is not installed, and moto has no public files")
+        unavailable("Ceph is not installed, and moto has no public files")
     remote, client = copied(small, f"{s3}/data"), boto3.client("s3")
     for path in Path(small).iterdir():
         client.put_object_acl(Bucket=s3.removeprefix("s3://"), Key=f"data/{path.name}", ACL="public-read")

@@ -1,6 +1,5 @@
 """launch/slurm.sbatch under a real SLURM of four nodes: jobs end well, are preempted, cancelled, and lose nodes."""
 
-import os
 import re
 import sqlite3
 import sys
@@ -11,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from clusters import Slurm, slurm, slurm_is_installed
-from conftest import awaited, copied
+from conftest import awaited, copied, unavailable
 from training_runs import ROOT, assert_same_bits, final, settings, train
 
 from aaae_dist import checkpoint, storage
@@ -27,7 +26,7 @@ Submit = Callable[..., str]
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Slurm]:
     if not slurm_is_installed():
-        (pytest.fail if os.environ.get("CI") else pytest.skip)("SLURM is not installed; .ci/run installs it")
+        unavailable("SLURM is not installed; .ci/run installs it")
     with slurm() as made:
         yield made
 

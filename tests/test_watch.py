@@ -300,7 +300,7 @@ def test_who_is_silent_is_named_soon_where_a_collective_has_failed(store, monkey
     store.set("1", "1.0 15")
     with watch_of(0, monkeypatch) as watch:
         assert not watch.told.wait(1.0)
-        assert "(rank 1: no sign of life for 0 s, and its connections are broken)" in str(watch.lost_peer())
+        assert "(rank 1: no sign of life for 0 s, and a connection is broken)" in str(watch.lost_peer())
     assert not ended
 
 

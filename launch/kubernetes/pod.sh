@@ -66,10 +66,13 @@ fi
 say "$NODES nodes, $PROCESSES processes on each, $ENGINE, start $((${ATTEMPT:-0} + 1))"
 code=0
 follow launch/node.sh "$@" || code=$?
-if [ -s "$AAAE_STOPPED" ]; then  # rank 0's word, for a single process then ends with 0
-  say "stopped and saved before its end: $(cat "$AAAE_STOPPED")"
+# Rank 0's word: a single process that is stopped ends with 0, and a launcher that was asked to stop never does.
+word=$(cat "$AAAE_STOPPED" 2> /dev/null) || word=''
+if [ -n "$word" ] && [ "$word" != 'done' ]; then
+  say "stopped and saved before its end: $word"
   exit 75  # EX_TEMPFAIL
 fi
+[ "$word" != 'done' ] || [ -z "$asked" ] || code=0
 say "the training ended with exit code $code"
 [ "$code" != 78 ] || code=1  # it would be taken for the preflight's
 exit "$code"
