@@ -21,10 +21,10 @@ from pages import PAGES, ROOT, block, run, started
 from aaae_dist.commands import COMMANDS
 
 ELSEWHERE = {  # words of blocks that are run, though no test asks for them by `block`
-    "make demo": "the README's test runs its script; .ci/run its installation",
-    "make test": "runs this, for .ci/run",
-    "sbatch ": "test_slurm gives all these lines to SLURM",
+    "README.md": ["make demo\n", "make test\n", "sbatch "],  # whose script is run; what .ci/run runs
+    "docs/slurm.md": ["sbatch "],  # test_slurm gives all these lines to SLURM
 }
+FENCES = {"bash", "json", ""}  # commands; files; what is printed
 SECRET = "hunter2"
 
 
@@ -50,11 +50,21 @@ def asked_for() -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_every_block_is_run_or_says_that_it_is_not(page):
-    known = [text for of, text in asked_for() if of == page] + list(ELSEWHERE)
+    known = [text for of, text in asked_for() if of == page] + ELSEWHERE.get(page, [])
     forgotten = [
         found.text for found in pages.blocks(page) if not found.marked and not any(map(found.text.count, known))
     ]
     assert forgotten == []
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_stand_in_blocks_of_one_kind(page):
+    assert set(re.findall(r"^```(.*)\n(?:(?!```).*\n)*```$", pages.read(page), flags=re.M)) <= FENCES
+
+
+def test_every_page_is_linked_from_the_first():
+    first = pages.read("README.md")
+    assert [page for page in PAGES[1:] if f"]({page}" not in first] == []
 
 
 def test_a_block_is_marked_by_the_line_before_it(monkeypatch):

@@ -295,6 +295,34 @@ def test_a_store_that_never_answers_is_given_up(monkeypatch, ended):
         silent.set()
 
 
+@pytest.mark.parametrize(
+    ("until", "nap", "signaled", "given_up"),
+    [
+        (5, 0, None, 21),
+        (60, 13, None, None),  # all were away, as those of a job that is suspended, and the store too
+        (60, 14.5, None, None),
+        (5, 0, signal.SIGTERM, 36),  # the others may have ended by now, and their launcher with its store: no hurry
+    ],
+)
+def test_a_store_is_given_time(monkeypatch, until, nap, signaled, given_up):
+    """By the second, on a clock of the test's own; after a nap in its 10th second."""
+    watch, clock, lost = watch_of(0, monkeypatch), [0.0], []
+
+    def wait(seconds: float) -> bool:
+        if clock[0] <= until:
+            watch.answered = clock[0]
+        clock[0] += seconds + (nap if clock[0] == 10 else 0)
+        return clock[0] > 60
+
+    monkeypatch.setattr("aaae_dist.watch.time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(watch, "ended", SimpleNamespace(wait=wait))
+    monkeypatch.setattr(watch, "thread", SimpleNamespace(is_alive=lambda: True))
+    monkeypatch.setattr(watch, "lose_store", lambda: lost.append(clock[0]))
+    watch.most, watch.answered, watch.stop.signal = 15.0, 0.0, signaled
+    watch.oversee()
+    assert lost == ([] if given_up is None else [given_up])
+
+
 def test_who_is_silent_is_named_soon_where_a_collective_has_failed(store, monkeypatch, ended):
     monkeypatch.setattr("aaae_dist.watch.BROKEN", 0.5)
     store.set("1", "1.0 15")
