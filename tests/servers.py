@@ -261,11 +261,14 @@ class MlflowServer:
         while True:
             with suppress(OSError), urllib.request.urlopen(f"{self.url}/health", timeout=5):
                 return
-            assert time.monotonic() < deadline, "not within a minute"
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                self.kill()
+                raise RuntimeError(f"{' '.join(self.command)} does not serve")
             time.sleep(0.05)
 
     def kill(self) -> None:
-        for process in (processes := [self.process, *self.process.children(recursive=True)]):
+        children = self.process.children(recursive=True) if self.process.is_running() else []
+        for process in (processes := [self.process, *children]):
             process.kill()
         psutil.wait_procs(processes)
 
