@@ -4,6 +4,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -206,7 +207,8 @@ class Pod:
         variables |= {"TMPDIR": places["/tmp"], "HEAD": "127.0.0.1", "NEXT": "127.0.0.1", "PORT": str(port)}
         (command,) = container["command"]
         line = [*ALONE, "sh", "-c", BARE, str(folder), command.replace("/aaae/", f"{ROOT}/"), *container["args"]]
-        variables = environment() | {"OMP_NUM_THREADS": threads} | variables
+        path = f"{os.environ['PATH']}:{Path(sys.executable).parent}"  # the image's has these programs too
+        variables = environment() | {"OMP_NUM_THREADS": threads, "PATH": path} | variables
         self.log = here / "log"
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
