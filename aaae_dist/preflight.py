@@ -6,7 +6,6 @@ check failed is left out.
 
 import math
 import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -294,10 +293,9 @@ class Preflight:
             yield "ok", f"{told}; how much is free, {self.run} does not tell"
             return
         with explained(self.run):
-            path = storage.local_path(self.run)
-            place = next(place for place in (path, *path.parents) if place.exists())
-            there = shutil.disk_usage(place).free
-            held = sum(file.stat().st_size for file in path.glob("checkpoints/*/*"))  # they make room
+            _, there = storage.disk_bytes(self.run)
+            saved = storage.local_path(self.run).glob("checkpoints/*/*")
+            held = sum(file.stat().st_size for file in saved)  # they make room
         remedy = "free some, choose another training.run, or lower checkpoint.keep or raise checkpoint.keep_every"
         yield compared(number * size - held, there, f"{told}; {mb(there)} are free", remedy)
 

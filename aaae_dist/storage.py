@@ -15,6 +15,7 @@ import os
 import random
 import re
 import secrets
+import shutil
 import threading
 import time
 from collections.abc import Callable, Collection
@@ -102,6 +103,13 @@ def is_web(url: str) -> bool:
 def local_path(url: str) -> Path:
     """The path of a local URL."""
     return Path(locate(url)[1])
+
+
+def disk_bytes(url: str) -> tuple[int, int]:
+    """Bytes in use and free on the disk of a local folder, be the folder there yet or not."""
+    path = local_path(url)
+    found = shutil.disk_usage(next(place for place in (path, *path.parents) if place.exists()))
+    return found.used, found.free
 
 
 def quoted(name: str) -> str:

@@ -7,7 +7,6 @@ import logging
 import platform
 import re
 import resource
-import shutil
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -91,10 +90,9 @@ def traffic() -> tuple[int, int]:
 
 
 def disk_percent(folder: str) -> float:
-    """How full the disk of a local folder is, be the folder there yet or not."""
-    path = storage.local_path(folder)
-    used = shutil.disk_usage(next(place for place in (path, *path.parents) if place.exists()))
-    return 100 * used.used / (used.used + used.free)  # what is kept for root is not to be had
+    """How full the disk of a local folder is."""
+    used, free = storage.disk_bytes(folder)
+    return 100 * used / (used + free)  # what is kept for root is not to be had
 
 
 def answers(device: torch.device) -> bool:

@@ -43,7 +43,7 @@ class Watch:
         self.ended, self.told, self.news = threading.Event(), threading.Event(), threading.Event()
         self.reason = ""  # why another rank failed, or seems to be gone
         self.losing = threading.Lock()
-        self.answered = time.monotonic()  # when the store did so last
+        self.answered = 0.0  # when the store did so last
         self.thread = threading.Thread(target=self.watch, name="watch", daemon=True)
         self.overseer = threading.Thread(target=self.oversee, name="overseer", daemon=True)
 
